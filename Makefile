@@ -1,0 +1,67 @@
+# Thin names over the tools. Each target makes .venv and installs what it needs; a second call is quick.
+#
+#   make demo                     the main job on real images, and its report
+#   make test | lint | bench | docs
+#   make demo PYTHON=python3.12   another interpreter (3.10 to 3.13) for .venv
+#   make demo DEMO='config.SEED_VALUE=1 config.RUN.DIR=runs/demo_seed1'   further overrides
+#   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   further arguments for pip
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+DEMO ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+PACKAGING := setup.py pyproject.toml
+
+.PHONY: help demo test lint bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '3,7s/^# //p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/vissl-like config=pretrain/clusterfit/clusterfit_mnist5k config.RUN.DIR=runs/demo $(DEMO)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/unit tests/numerics tests/integration --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/make_docs.py --check
+
+bench: $(VENV)/.installed-dev
+	@for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.installed-demo
+	$(BIN)/python tools/make_docs.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: no '$(PYTHON)' on this machine. Install Python 3.10 to 3.13 (Debian, Ubuntu: apt install python3 python3-venv)"; \
+	  echo "      or name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "make: $$($(PYTHON) --version 2>&1) does not fit; vissl_like runs on Python 3.10 to 3.13."; \
+	  echo "      Name one of these: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot create virtual environments: its package 'venv' is missing."; \
+	  echo "      Debian, Ubuntu: apt install python3-venv   (then run make again)"; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(PACKAGING) | $(BIN)/python
+	@echo "Installing into $(VENV). The first time takes some minutes: PyTorch alone is several GB (see docs/start.md)."
+	@$(INSTALL) --editable '.[demo,tb]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
+	@echo "Installing into $(VENV), with the tools for tests. The first time takes some minutes."
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

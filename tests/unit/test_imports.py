@@ -1,0 +1,92 @@
+"""Who may import whom, and what an answer on the command line may cost."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vissl_like import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "torchvision", "timm", "transformers", "faiss", "wandb", "matplotlib", "sklearn", "scipy", "submitit")
+TORCH_FREE = ("config/", "launch/main.py", "errors.py", "registry.py", "optim/scaling.py", "data/order.py")
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in (ROOT / "vissl_like").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "vissl_like").as_posix()
+
+
+def imports(tree: ast.AST, *, everywhere: bool) -> Iterator[str]:
+    """Imported modules, without those for type checkers; `everywhere`: also inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(node, everywhere=everywhere)
+
+
+def imported_by(path: Path, *, everywhere: bool = True) -> list[str]:
+    return list(imports(ast.parse(path.read_text("utf-8")), everywhere=everywhere))
+
+
+def offenders(names: list[str], forbidden: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(name == bad or name.startswith(bad + ".") for bad in forbidden)]
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if name_of(path).startswith(TORCH_FREE)], ids=name_of)
+def test_configuration_is_free_of_heavy_libraries(path: Path) -> None:
+    assert not offenders(imported_by(path, everywhere=False), HEAVY)
+
+
+@pytest.mark.parametrize("package", ["losses", "models", "data", "optim"])
+def test_components_know_their_section_not_the_root(package: str) -> None:
+    for path in (ROOT / "vissl_like" / package).glob("*.py"):
+        assert not offenders(imported_by(path), ("vissl_like.config.schema", "vissl_like.config.compose")), name_of(
+            path
+        )
+
+
+def test_core_knows_no_engine() -> None:
+    for path in (ROOT / "vissl_like" / "core").glob("*.py"):
+        assert not offenders(imported_by(path), ("vissl_like.engines", "vissl_like.launch")), name_of(path)
+
+
+def test_nobody_imports_tools() -> None:
+    for path in modules():
+        assert not offenders(imported_by(path), ("tools", "vissl_like.tools")), name_of(path)
+
+
+def test_hydra_has_one_home() -> None:
+    users = [name_of(path) for path in modules() if offenders(imported_by(path), ("hydra",))]
+    assert users in (["config/compose.py"], [])
+
+
+@pytest.mark.parametrize(
+    "module", ["vissl_like.launch.main", "vissl_like.config.reference", "vissl_like.config.compose"]
+)
+def test_answers_without_heavy_imports(module: str) -> None:
+    program = f"import sys, json, {module}; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not set(json.loads(done.stdout)) & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, table in registry.COMPONENTS.items() for name in table], ids=str
+)
+def test_every_registered_component_exists(kind: str, name: str) -> None:
+    assert callable(registry.resolve(kind, name, key="TEST"))

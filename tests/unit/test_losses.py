@@ -1,0 +1,68 @@
+"""Classification losses: what they refuse, and limits that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vissl_like.errors import DataError
+from vissl_like.losses.classification import bce_logits, cross_entropy
+
+
+def test_uniform_logits_cost_log_k() -> None:
+    loss = cross_entropy(torch.zeros(3, 7, dtype=torch.float64), torch.tensor([0, 3, 6]))
+    assert math.isclose(loss.item(), math.log(7), rel_tol=1e-12)
+
+
+def test_outputs_are_summed_not_averaged() -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2, 4])
+    one = cross_entropy(logits, target)
+    torch.testing.assert_close(cross_entropy([logits, logits, logits], target), 3 * one)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    logits = torch.randn(8, 5).half()
+    target = torch.arange(8) % 5
+    assert cross_entropy(logits, target).dtype == torch.float32
+    torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits.float(), target))
+
+
+def test_one_hot_shares_equal_class_numbers() -> None:
+    logits, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 1])
+    shares = torch.nn.functional.one_hot(target, 4)
+    torch.testing.assert_close(cross_entropy(logits, shares), cross_entropy(logits, target))
+
+
+def test_label_beyond_the_head_names_the_numbers() -> None:
+    with pytest.raises(DataError, match="label is 12.*has 10 outputs"):
+        cross_entropy(torch.zeros(2, 10), torch.tensor([3, 12]))
+
+
+def test_ignored_targets_do_not_count() -> None:
+    logits = torch.randn(4, 3)
+    target = torch.tensor([0, -1, 2, -1])
+    torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits[[0, 2]], target[[0, 2]]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_unknown_labels_have_no_gradient(reduction: str) -> None:
+    logits = torch.randn(5, 3, requires_grad=True)
+    target = torch.tensor([[0, 1, -1], [1, 1, -1], [-1, 0, -1], [0, -1, -1], [1, 1, -1]])
+    bce_logits(logits, target, reduction=reduction).backward()
+    assert (logits.grad[target == -1] == 0).all()
+    assert (logits.grad[target != -1] != 0).all()
+
+
+def test_bce_reductions_agree_where_all_is_known() -> None:
+    logits, target = torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 2, (5, 3))
+    mean = bce_logits(logits, target, reduction="mean")
+    torch.testing.assert_close(bce_logits(logits, target, reduction="sum"), mean * 15)
+    torch.testing.assert_close(bce_logits(logits, target, reduction="none"), mean * 3)
+
+
+def test_bce_shape_mismatch_is_explained() -> None:
+    with pytest.raises(DataError, match="one column per class"):
+        bce_logits(torch.zeros(2, 4), torch.zeros(2, 3))

@@ -1,0 +1,213 @@
+"""report.html: self-contained, complete, honest about what is missing, and safe against any text in the run folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vissl_like.config.schema import Job
+from vissl_like.outputs.report import RunFolder, write_report
+from vissl_like.outputs.report_sections import flatten, headline_keys, lines_of
+
+
+class Page(HTMLParser):
+    """A page taken apart: the text, the attributes of every tag, and whether the tags nest."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.tags, self.open = [], [], []
+        self.html = path.read_text("utf-8")
+        self.feed(self.html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        return [attrs[name] for found, attrs in self.tags if found == tag and name in attrs]
+
+    @property
+    def headings(self) -> list[str]:
+        return re.findall(r"<h2>(.*?)</h2>", self.html)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def make_run(run_dir: Path, *, engine: str = "train", **config: object) -> Path:
+    """A folder with what a short, finished training leaves behind."""
+    job = Job.model_validate({"engine_name": engine, "config": config}).model_dump(mode="json")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(job))
+    launch = {
+        "recipe": "debug/x",
+        "presets": [],
+        "overrides": ["config.SEED_VALUE=3", "config.RUN.DIR=a b"],
+        "version": "1",
+    }
+    write_json(run_dir / "launch.json", launch)
+    write_json(run_dir / "results.json", {"test_top_1": 93.25, "train_loss": 0.5, "labels": list(range(40))})
+    write_json(run_dir / "manifest.json", {"complete": True, "seconds": 83.0, "finished": "2026-01-02T03:04:05"})
+    with (run_dir / "metrics.jsonl").open("w") as file:
+        for step in range(1, 13):
+            line = {
+                "kind": "train",
+                "step": step,
+                "epoch": step / 6,
+                "loss": 1 / step,
+                "lr": 0.1,
+                "images_per_s": 100.0,
+            }
+            file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"kind": "test", "step": 12, "epoch": 2, "test_top_1": 93.25}) + "\n")
+    return run_dir
+
+
+def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my run", SEED_VALUE=3)
+    write_json(run_dir / "plan.json", [{"key": "LR", "given": 0.1, "used": 0.2, "reason": "batch 512 / 256"}])
+    write_json(run_dir / "environment.json", {"python": "3.11", "host": {"cores": 2}})
+    (run_dir / "bad_images.txt").write_text("a/b.jpg\ttruncated file\n")
+    page = Page(write_report(run_dir))
+    assert page.headings == ["Results", "Curves", "Configuration", "Inferred values", "Bad images", "Environment"]
+    text = " ".join(page.text)
+    for expected in (
+        "93.25",
+        "finished",
+        "1:23 min",
+        "2026-01-02 03:04",
+        "batch 512 / 256",
+        "truncated file",
+        "host.cores",
+    ):
+        assert expected in text
+    assert "vissl-like config=debug/x config.SEED_VALUE=3 'config.RUN.DIR=a b'" in text
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path)))
+    images = page.attributes("img", "src")
+    assert len(images) == 4  # loss, test, lr, throughput
+    for source in images:
+        data = source.removeprefix("data:image/png;base64,")
+        assert Image.open(io.BytesIO(base64.b64decode(data, validate=True))).width > 500
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?://|@import|url\(", page.html)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "loss.png",
+        "test.png",
+        "lr.png",
+        "images_per_s.png",
+    }
+
+
+def test_only_the_folder_is_touched_and_twice_gives_the_same(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "launch.json", "metrics.jsonl", "config.yaml", "plan.json"])
+def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path, name: str) -> None:
+    run_dir = make_run(tmp_path)
+    (run_dir / name).write_text('{"a: [')
+    page = Page(write_report(run_dir))
+    damaged = [line for line in page.text if line.startswith(f"{name}: ")]
+    assert bool(damaged) == (name != "metrics.jsonl")  # a torn last line is normal there
+
+
+def test_an_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path))
+    assert page.headings == []
+    assert "not finished" in page.text
+
+
+def test_the_state_of_a_run(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    assert RunFolder(run_dir).status == ("good", "finished")
+    (run_dir / "manifest.json").unlink()
+    (run_dir / "results.json").unlink()
+    assert RunFolder(run_dir).status == ("open", "not finished (last recorded step 12)")
+    (run_dir / "replay").mkdir()
+    assert RunFolder(run_dir).status == ("bad", "stopped: the loss was not finite")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.just("<script>alert(1)</script>\"'&"))
+def test_any_text_is_shown_as_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"engine_name": text, "config": {"RUN": {"NAME": text}}}))
+    write_json(tmp_path / "launch.json", {"recipe": text, "presets": [], "overrides": [f"{text}=1"], "version": text})
+    write_json(tmp_path / "results.json", {text: text, text + "_top_1": 1.5})
+    write_json(tmp_path / "table.json", {"title": text, "columns": ["", text], "rows": [[text, 3.25]], "notes": [text]})
+    page = Page(write_report(tmp_path))
+    assert {tag for tag, _ in page.tags} <= ALLOWED_TAGS
+    if text.strip() == text and "\r" not in text and "\x00" not in text:
+        assert text in " ".join(page.text)
+
+
+ALLOWED_TAGS = frozenset(
+    "html head meta title style body main header p h1 span pre nav a section h2 h3 div table tr th td details summary "
+    "footer code b".split()
+)
+
+
+def test_a_pipeline_shows_its_table_and_its_stages(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, engine="pipeline", PIPELINE={"STAGES": [{"NAME": "teacher"}, {"NAME": "later"}]})
+    write_report(make_run(run_dir / "teacher"))
+    table = {"columns": ["", "linear"], "rows": [["raw <pixels>", 90.5], ["teacher", None]], "notes": ["One seed."]}
+    write_json(run_dir / "table.json", table)
+    page = Page(write_report(run_dir))
+    assert page.headings[:3] == ["Summary", "Stages", "Results"]
+    assert page.attributes("a", "href")[-1] == "teacher/report.html"
+    assert (run_dir / page.attributes("a", "href")[-1]).is_file()
+    text = " ".join(page.text)
+    assert "raw <pixels>" in text and "90.5" in text and "–" in text and "One seed." in text
+    assert "--share:90.5%" in page.html
+
+
+def test_headline_metrics_come_first_and_training_does_not() -> None:
+    values = {
+        "train_top_1": 99.0,
+        "loss": 1.0,
+        "a/knn_top1": 2.0,
+        "nmi": 3.0,
+        "test_top_1": 1.0,
+        "name": "x",
+        "flag": True,
+    }
+    assert headline_keys(values) == ["test_top_1", "a/knn_top1", "nmi"]
+
+
+def test_lines_skip_what_is_no_number() -> None:
+    records = [{"step": 1, "a": 2.0, "b": "x"}, {"step": 2, "a": float("nan"), "list": [1]}]
+    lines = lines_of(records, x="step", take=lambda key: True)
+    assert list(lines) == ["a"]
+    assert lines["a"][0] == [1, 2] and np.isnan(lines["a"][1][1])
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}

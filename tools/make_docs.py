@@ -1,0 +1,184 @@
+"""Generate docs/options.md, MODEL_ZOO.md and the table of old names in docs/migration.md.
+
+python tools/make_docs.py            write them
+python tools/make_docs.py --check    exit 1 if one of them is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vissl_like.config import aliases, reference  # noqa: E402
+
+BEGIN, END = "<!-- generated:begin {} -->", "<!-- generated:end -->"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the pages, or with --check compare them. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    check = parser.parse_args(argv).check
+    stale = {path: text for path, text in pages(ROOT).items() if not path.exists() or path.read_text("utf-8") != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'out of date; run: make docs' if check else 'written'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every generated page and the text that it should have."""
+    migration = root / "docs" / "migration.md"
+    return {
+        root / "docs" / "options.md": options_page(),
+        root / "MODEL_ZOO.md": zoo_page(yaml.safe_load((root / "configs" / "zoo.yaml").read_text("utf-8"))),
+        migration: with_block(migration.read_text("utf-8"), "old names", old_names_table()),
+    }
+
+
+def options_page() -> str:
+    """docs/options.md: one table per section of the schema, in its order."""
+    sections = [entry for entry in reference.entries().values() if entry.is_section]
+    lines = [
+        "# Options",
+        "",
+        "Generated from the schema by `make docs`; do not edit. In the terminal: `vissl-like options KEY`.",
+        "Each option is set by its dotted key, e.g. `config.OPTIMIZER.NUM_EPOCHS=10`; `*` stands for a list index.",
+        "",
+        "| option | type | default | meaning |",
+        "|---|---|---|---|",
+        option_row(reference.entries()["engine_name"]),
+        "",
+    ]
+    for section in sections:
+        options = [entry for entry in reference.options_of(section.key) if not entry.is_section]
+        if not options:
+            continue
+        lines += [f"## {section.key}", "", *([section.doc, ""] if section.doc else [])]
+        lines += ["| option | type | default | meaning |", "|---|---|---|---|", *map(option_row, options), ""]
+    return "\n".join(lines)
+
+
+def option_row(entry: reference.Entry) -> str:
+    name = entry.key.rsplit(".", 1)[-1]
+    return f"| `{name}` | {cell(entry.allowed)} | {default(entry.default)} | {cell(entry.doc)} |"
+
+
+def default(value: Any) -> str:
+    """A default as YAML writes it, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return f"`{cell(text)}`"
+
+
+def cell(text: str) -> str:
+    """Text that may stand in a table cell."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def zoo_page(zoo: dict[str, Any]) -> str:
+    """MODEL_ZOO.md."""
+    lines = [
+        "# Model zoo",
+        "",
+        "Generated from `configs/zoo.yaml` by `make docs`; do not edit.",
+        "",
+        "*Published* numbers are those of the named source, not ours. *Measured* numbers come from the command given",
+        "beside them; everything else says `not measured`. " + zoo["licence_note"],
+        "",
+        "How to use a file: [docs/weights.md](docs/weights.md). How to repeat the published protocol:",
+        "",
+        "```bash",
+        zoo["evaluate"].replace(" config.", " \\\n    config."),
+        "```",
+        "",
+    ]
+    for section in zoo["sections"]:
+        lines += zoo_section(section)
+    return "\n".join(lines)
+
+
+def zoo_section(section: dict[str, Any]) -> Iterator[str]:
+    yield f"## {section['name']}"
+    yield ""
+    paper = f" [Paper]({section['paper']})." if "paper" in section else ""
+    yield section["about"] + paper
+    yield ""
+    if "recipes" in section:
+        yield "Recipes: " + ", ".join(f"[`{name}`](configs/config/{name}.yaml)" for name in section["recipes"])
+        yield ""
+    yield "| model | pre-trained on | metric | published | measured here | weights |"
+    yield "|---|---|---|---|---|---|"
+    for row in section["models"]:
+        published = f"{row['published']} ({row['source']})" if "published" in row else "–"
+        weights = f"[file]({row['weights']})" if "weights" in row else "–"
+        cells = (row["model"], row["data"], row["metric"], published, measured(row.get("measured")), weights)
+        yield f"| {' | '.join(map(str, cells))} |"
+    yield ""
+
+
+def measured(value: dict[str, Any] | None) -> str:
+    """A measured number with everything needed to repeat it, or the words `not measured`."""
+    if value is None:
+        return "not measured"
+    return f"{value['value']} ({value['hardware']}, {value['date']}; `{value['command']}`)"
+
+
+def old_names_table() -> str:
+    """The names of VISSL's options and what became of each: moved, ignored or refused."""
+    moved = [(old, f"`{new}`") for old, new in (aliases.MOVED | aliases.MOVED_SECTIONS).items()]
+    moved += [(old, "converted; a warning names the new keys") for old in aliases.CONVERTED]
+    ignored = [(old, cell(reason)) for old, reason in aliases.IGNORED.items()]
+    refused = []
+    for old, (harmless, reason) in aliases.REFUSED.items():
+        unless = f" (`{'`, `'.join(map(str, harmless))}` is ignored)" if harmless else ""
+        refused.append((old, cell(reason) + unless))
+    return "\n".join(
+        [
+            "### Renamed: accepted, with a warning",
+            *two_columns("here", moved),
+            "### Ignored, with a warning: the results are the same without it",
+            *two_columns("why", ignored),
+            "### Refused, with the reason: it would change what is computed",
+            *two_columns("why", refused),
+        ]
+    )
+
+
+#: Keys that exist once per split or per schedule take one row.
+FAMILIES = (
+    (r"DATA\.(TRAIN|VAL|TEST)\.", "DATA.<split>."),
+    (r"param_schedulers\.(lr|lr_head|weight_decay)\.", "param_schedulers.<name>."),
+    (r"PARAM_SCHEDULERS\.(LR|LR_HEAD|WEIGHT_DECAY)\.", "PARAM_SCHEDULERS.<NAME>."),
+)
+
+
+def two_columns(title: str, rows: list[tuple[str, str]]) -> list[str]:
+    """A sorted table without repetitions."""
+    lines = {f"| `{old}` | {text} |" for old, text in rows}
+    for pattern, family in FAMILIES:
+        lines = {re.sub(pattern, family, line) for line in lines}
+    return ["", f"| VISSL | {title} |", "|---|---|", *sorted(lines), ""]
+
+
+def with_block(page: str, name: str, block: str) -> str:
+    """`page` with the text between the markers of the block `name` replaced. Raises ValueError without the markers."""
+    begin = BEGIN.format(name)
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(END)
+    if not found or not ended:
+        raise ValueError(f"the page has no block {begin} ... {END}")
+    return f"{before}{begin}\n{block}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

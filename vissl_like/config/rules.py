@@ -1,0 +1,289 @@
+"""What the types cannot say: names of components, options that must fit together, files that must exist.
+
+Each function returns (key, text) pairs; the text begins with the key and its value and ends with the cure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vissl_like.config import components
+from vissl_like.config.schema import Config, Job
+from vissl_like.config.schema_data import Split
+from vissl_like.config.schema_model import Schedule
+from vissl_like.config.spelling import nearest
+from vissl_like.errors import ConfigError, DataError, UserError, WeightsError
+
+Problem = tuple[str, str]
+
+SPLITS = ("TRAIN", "VAL", "TEST")
+_DISK = ("disk_folder", "disk_filelist")
+_NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:")
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+def name_problems(job: Job) -> Iterator[Problem]:
+    """Names of components that do not exist."""
+    config = job.config
+    named = [
+        ("engine", job.engine_name, "engine_name"),
+        ("task", config.TASK.NAME, "config.TASK.NAME"),
+        ("loss", config.LOSS.NAME, "config.LOSS.NAME"),
+        ("trunk", config.MODEL.TRUNK.NAME, "config.MODEL.TRUNK.NAME"),
+        ("optimizer", config.OPTIMIZER.NAME, "config.OPTIMIZER.NAME"),
+    ]
+    named += [("head", name, f"config.MODEL.HEAD.PARAMS.{i}.0") for i, name in _head_names(config.MODEL.HEAD.PARAMS)]
+    for split in SPLITS:
+        options: Split = getattr(config.DATA, split)
+        for i, source in enumerate(options.DATA_SOURCES):
+            named.append(("data_source", source, f"config.DATA.{split}.DATA_SOURCES.{i}"))
+        for i, source in enumerate(options.LABEL_SOURCES):
+            named.append(("data_source", source, f"config.DATA.{split}.LABEL_SOURCES.{i}"))
+    named += [("schedule", schedule.NAME, f"{key}.NAME") for key, schedule in _schedules(config)]
+    for kind, name, key in named:
+        text = components.problem(kind, name, key)
+        if text:
+            yield key, text
+    yield from _transform_problems(config)
+    yield from _preset_problems(config)
+
+
+def _head_names(params: list[Any]) -> Iterator[tuple[int, str]]:
+    for number, head in enumerate(params):
+        if isinstance(head, list) and head and isinstance(head[0], str):
+            yield number, head[0]
+
+
+def _transform_problems(config: Config) -> Iterator[Problem]:
+    for split in SPLITS:
+        for number, entry in enumerate(getattr(config.DATA, split).TRANSFORMS):
+            key = f"config.DATA.{split}.TRANSFORMS.{number}"
+            name = entry.get("name")
+            if not isinstance(name, str):
+                yield key, f"{key}={entry!r}: a transform is {{name: NAME, argument: value, ...}}."
+                continue
+            known = components.transform_names()
+            near = nearest(name, known) if name not in known else []
+            if name not in known:
+                hint = f"; did you mean {near[0]}?" if near else "."
+                yield key, f"{key}.name={name!r}: no such transform{hint} `list transforms` shows all."
+
+
+def _preset_problems(config: Config) -> Iterator[Problem]:
+    preset = config.MODEL.WEIGHTS_INIT.PRESET
+    if preset:
+        key = "config.MODEL.WEIGHTS_INIT.PRESET"
+        text = components.problem("weight preset", preset, key, components.listing("weight_presets"))
+        if text:
+            yield key, text
+
+
+def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
+    """(key, schedule) of every schedule that is in use."""
+    schedules = config.OPTIMIZER.PARAM_SCHEDULERS
+    yield "config.OPTIMIZER.PARAM_SCHEDULERS.LR", schedules.LR
+    if config.OPTIMIZER.HEAD_OPTIMIZER_PARAMS.USE_DIFFERENT_LR:
+        yield "config.OPTIMIZER.PARAM_SCHEDULERS.LR_HEAD", schedules.LR_HEAD
+    if schedules.WEIGHT_DECAY is not None:
+        yield "config.OPTIMIZER.PARAM_SCHEDULERS.WEIGHT_DECAY", schedules.WEIGHT_DECAY
+
+
+# ---------------------------------------------------------------------------------------------------- fitting together
+def fit_problems(job: Job) -> Iterator[Problem]:
+    """Options that do not fit together."""
+    config = job.config
+    for split in SPLITS:
+        yield from _parallel_lists(getattr(config.DATA, split), split)
+    yield from _heads_and_pooling(config)
+    yield from _engine_needs(job)
+    if job.engine_name == "train":
+        yield from _schedule_problems(config)
+
+
+def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
+    count = len(options.DATA_SOURCES)
+    prefix = f"config.DATA.{split}"
+    if count == 0:
+        if options.DATA_PATHS:
+            key = f"{prefix}.DATA_PATHS"
+            yield key, f"{key}={options.DATA_PATHS}: needs {prefix}.DATA_SOURCES=[disk_folder] or [disk_filelist]."
+        return
+    for name in ("DATASET_NAMES", "DATA_PATHS", "LABEL_SOURCES", "LABEL_PATHS"):
+        values = getattr(options, name)
+        allowed = (0, 1, count) if name == "LABEL_PATHS" else (0, count)
+        if len(values) not in allowed:
+            key = f"{prefix}.{name}"
+            yield (
+                key,
+                f"{key}={values}: {len(values)} entries, but DATA_SOURCES={options.DATA_SOURCES} has {count}; "
+                "give one for each source.",
+            )
+    limits = options.DATA_LIMIT_SAMPLING
+    if limits.IS_BALANCED and options.DATA_LIMIT < 0:
+        key = f"{prefix}.DATA_LIMIT_SAMPLING.IS_BALANCED"
+        yield key, f"{key}=True: needs {prefix}.DATA_LIMIT, the number of samples to draw."
+
+
+def _heads_and_pooling(config: Config) -> Iterator[Problem]:
+    for number, head in enumerate(config.MODEL.HEAD.PARAMS):
+        is_pair = isinstance(head, list) and len(head) in (1, 2) and isinstance(head[0], str)
+        if not is_pair or (len(head) == 2 and not isinstance(head[1], dict)):
+            key = f"config.MODEL.HEAD.PARAMS.{number}"
+            yield key, f"{key}={head!r}: a head is [name, {{options}}], for example [mlp, {{dims: [auto, auto]}}]."
+    key = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP"
+    for number, item in enumerate(config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP):
+        good = isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], list)
+        if not good or not item[1] or not isinstance(item[1][0], str):
+            yield (
+                f"{key}.{number}",
+                f"{key}.{number}={item!r}: an entry is [layer, [pooling, arguments]], "
+                "for example [res5, [AdaptiveAvgPool2d, [[1, 1]]]] or [flatten, [Identity, []]].",
+            )
+
+
+def _engine_needs(job: Job) -> Iterator[Problem]:
+    data, config = job.config.DATA, job.config
+    needed = {"train": ["TRAIN"], "extract_label_predictions": []}.get(job.engine_name, [])
+    if job.engine_name == "evaluate" and not config.EVALUATE.FEATURES_PATH:
+        needed = ["TRAIN", "TEST"]
+    if job.engine_name == "train" and config.TEST_ONLY:
+        needed = ["TEST"]
+    if job.engine_name == "cluster_features" and config.CLUSTERFIT.FEATURES.EXTRACT:
+        needed = [config.CLUSTERFIT.FEATURES.DATA_PARTITION]
+    if job.engine_name in ("extract_features", "extract_label_predictions"):
+        needed = list(config.EXTRACT_FEATURES.SPLITS) if job.engine_name == "extract_features" else []
+        if not needed and not any(getattr(data, split).DATA_SOURCES for split in SPLITS):
+            needed = ["TRAIN"]
+    for split in needed:
+        if not getattr(data, split).DATA_SOURCES:
+            key = f"config.DATA.{split}.DATA_SOURCES"
+            yield (
+                key,
+                f"{key}=[]: the engine {job.engine_name} needs data here, for example [disk_folder] with "
+                f"config.DATA.{split}.DATA_PATHS=[FOLDER]; or start from a recipe (`list recipes`).",
+            )
+    if job.engine_name == "pipeline":
+        yield from _pipeline_problems(job)
+
+
+def _pipeline_problems(job: Job) -> Iterator[Problem]:
+    from vissl_like.config.compose import compose_stage
+    from vissl_like.config.stages import stage_jobs
+
+    try:
+        stage_jobs(job, Path("run"), compose_stage)
+    except ConfigError as error:
+        yield "config.PIPELINE.STAGES", str(error)
+
+
+def _schedule_problems(config: Config) -> Iterator[Problem]:
+    from vissl_like.optim.scaling import child_schedules
+    from vissl_like.optim.schedules import build_curve
+
+    for key, schedule in _schedules(config):
+        name = key.rpartition(".")[2]
+        try:
+            if schedule.NAME == "composite":
+                child_schedules(schedule, key=name)
+            build_curve(schedule, num_epochs=max(1, config.OPTIMIZER.NUM_EPOCHS), key=name)
+        except ConfigError as error:
+            yield key, str(error)
+
+
+# ------------------------------------------------------------------------------------------------------------- remarks
+def remarks(job: Job) -> Iterator[Problem]:
+    """What is allowed but probably not meant."""
+    config = job.config
+    if job.engine_name == "train":
+        yield from _unreached(config)
+        if config.CHECKPOINT.BEST_METRIC and not (config.TEST_MODEL and config.DATA.TEST.DATA_SOURCES):
+            key = "config.CHECKPOINT.BEST_METRIC"
+            yield key, f"{key}={config.CHECKPOINT.BEST_METRIC!r}: without a test split no save is the best one."
+    weights = config.MODEL.WEIGHTS_INIT
+    if not weights.PARAMS_FILE and job.engine_name in ("extract_features", "extract_label_predictions"):
+        key = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
+        yield key, f"{key}='': the features are those of an untrained network."
+
+
+def _unreached(config: Config) -> Iterator[Problem]:
+    from vissl_like.optim.schedules import unreached_milestones
+
+    for key, schedule in _schedules(config):
+        late = unreached_milestones(schedule, num_epochs=config.OPTIMIZER.NUM_EPOCHS)
+        if late:
+            listed = ", ".join(map(str, late))
+            yield (
+                f"{key}.MILESTONES",
+                f"{key}.MILESTONES: training ends at config.OPTIMIZER.NUM_EPOCHS={config.OPTIMIZER.NUM_EPOCHS}, "
+                f"so {listed} {'is' if len(late) == 1 else 'are'} never reached.",
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def check_files(job: Job) -> list[str]:
+    """Every file and folder that the job reads exists. Returns them; raises DataError or WeightsError naming the lost."""
+    found: list[str] = []
+    problems: list[UserError] = []
+    for key, path, kind in _wanted_files(job):
+        expanded = os.path.expanduser(path)
+        if os.path.exists(expanded):
+            found.append(path)
+            continue
+        text = f"{key}={path!r}: no such file or folder{_near_file(expanded)}"
+        problems.append(WeightsError(text) if kind == "weights" else DataError(text))
+    if problems:
+        first = type(problems[0])
+        raise first("\n".join(map(str, problems)))
+    return found
+
+
+def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
+    """(key, path, kind) of every path that is read."""
+    config = job.config
+    weights = config.MODEL.WEIGHTS_INIT.PARAMS_FILE
+    if weights and not weights.startswith(_NAMED_WEIGHTS):
+        if re.match(r"https?://", weights):
+            raise WeightsError(
+                f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={weights!r}: weights are not downloaded from addresses. "
+                "Fetch the file (curl -LO ADDRESS) and give its path."
+            )
+        yield "config.MODEL.WEIGHTS_INIT.PARAMS_FILE", weights, "weights"
+    if config.DATA.CATALOG:
+        yield "config.DATA.CATALOG", config.DATA.CATALOG, "data"
+    for split in used_splits(job):
+        options: Split = getattr(config.DATA, split)
+        for name in ("DATA_PATHS", "LABEL_PATHS"):
+            for number, path in enumerate(getattr(options, name)):
+                yield f"config.DATA.{split}.{name}.{number}", path, "data"
+    if job.engine_name == "evaluate" and config.EVALUATE.FEATURES_PATH:
+        yield "config.EVALUATE.FEATURES_PATH", config.EVALUATE.FEATURES_PATH, "data"
+    if job.engine_name == "cluster_features" and not config.CLUSTERFIT.FEATURES.EXTRACT:
+        path = config.CLUSTERFIT.FEATURES.PATH or os.path.join(config.RUN.DIR or ".", "features")
+        yield "config.CLUSTERFIT.FEATURES.PATH", path, "data"
+
+
+def used_splits(job: Job) -> list[str]:
+    """Splits with data that this job reads."""
+    config = job.config
+    splits = [split for split in SPLITS if getattr(config.DATA, split).DATA_SOURCES]
+    if job.engine_name == "train" and not (config.TEST_MODEL or config.TEST_ONLY):
+        splits = [split for split in splits if split != "TEST"]
+    if job.engine_name == "extract_features" and config.EXTRACT_FEATURES.SPLITS:
+        splits = [split for split in splits if split in config.EXTRACT_FEATURES.SPLITS]
+    return splits
+
+
+def _near_file(path: str) -> str:
+    folder, name = os.path.split(path.rstrip("/"))
+    folder = folder or "."
+    if not os.path.isdir(folder):
+        above = folder
+        while above and not os.path.isdir(above):
+            above = os.path.dirname(above)
+        return f"; {above or '.'} exists, what comes after it does not."
+    near = nearest(name, os.listdir(folder))
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else "."

@@ -1,0 +1,141 @@
+"""One pass over the test split, exact on any number of processes; and how batches get onto the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vissl_like.core import distributed, parallel, rng
+from vissl_like.errors import DataError
+
+Batch = dict[str, Any]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Task(Protocol):
+    """What a method offers to the loop. It is an nn.Module; calling it is the training step."""
+
+    model: nn.Module
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """{"loss": ()} and further scalars to log, each a mean over the batch."""
+        ...
+
+    def eval_step(self, batch: Mapping[str, Any]) -> Tensor:
+        """Count a batch of the test; returns its mean loss, ()."""
+        ...
+
+    def test_metrics(self, prefix: str) -> dict[str, float]:
+        """What eval_step() counted, over all ranks; starts counting anew."""
+        ...
+
+    def train_metrics(self, prefix: str) -> dict[str, float]:
+        """What the training steps counted, over all ranks; starts counting anew."""
+        ...
+
+    def running_state(self) -> list[dict[str, Any]]:
+        """This rank's counts of the epoch so far."""
+        ...
+
+    def load_running_state(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Go on counting from the sum of these states."""
+        ...
+
+    def eval(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Device, precision and layout of all computations."""
+
+    precision: str = "fp32"
+    channels_last: bool = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Half precision where it was asked for."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(distributed.current().device.type, dtype=PRECISIONS[self.precision])
+
+    def to_device(self, batch: Mapping[str, Any], to_input: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch on the device; data as the model takes it (`to_input`: what the transforms leave to the device)."""
+        device = distributed.current().device
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        data = batch["data"]
+        if isinstance(data, Tensor):
+            moved["data"] = self._input(moved["data"], to_input)
+        else:  # several crops
+            moved["data"] = [self._input(part.to(device, non_blocking=True), to_input) for part in data]
+        return moved
+
+    def _input(self, images: Tensor, to_input: Callable[[Tensor], Tensor]) -> Tensor:
+        images = to_input(images)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+
+def evaluate(
+    task: Task,
+    batches: Iterable[Batch],
+    *,
+    to_input: Callable[[Tensor], Tensor],
+    arithmetic: Arithmetic,
+    seed: int,
+    prefix: str = "test",
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """{prefix_loss, prefix_<measure>, ...} over this rank's batches and those of all others; None if interrupted.
+
+    Batches do not depend on the number of ranks, counts are whole numbers and losses are summed exactly, so neither do
+    the results. Rows that are not `valid` (unreadable images) do not count.
+    """
+    parallel.share_buffers(task.model)
+    task.eval()
+    losses: list[Tensor] = []
+    rows: list[int] = []
+    with torch.inference_mode():
+        for batch in _until(interrupted, batches):
+            kept = _valid_rows(batch)
+            if not len(kept["index"]):
+                continue
+            rng.seed_step(seed, int(kept["index"][0]), 0)  # what a model draws in a test follows from the rows
+            with arithmetic.autocast():
+                losses.append(task.eval_step(arithmetic.to_device(kept, to_input)).detach())
+            rows.append(len(kept["index"]))
+    if any(distributed.all_gather_object(interrupted())):
+        task.test_metrics(prefix)
+        return None
+    values = torch.stack(losses).double().cpu().tolist() if losses else []
+    gathered = distributed.all_gather_object([(loss * count, count) for loss, count in zip(values, rows)])
+    pairs = [pair for part in gathered for pair in part]
+    total = sum(count for _, count in pairs)
+    loss = math.fsum(value for value, _ in pairs) / total if total else math.nan
+    return {f"{prefix}_loss": loss, **task.test_metrics(prefix)}
+
+
+def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches until the run is asked to stop: a signal to the whole process group also ends the loader's workers."""
+    try:
+        for batch in batches:
+            if interrupted():
+                return
+            yield batch
+    except (RuntimeError, DataError):
+        if not interrupted():
+            raise
+
+
+def _valid_rows(batch: Batch) -> Batch:
+    valid = batch.get("valid")
+    if valid is None or bool(valid.all()):
+        return batch
+    return {name: value[valid] if isinstance(value, Tensor) and value.ndim else value for name, value in batch.items()}

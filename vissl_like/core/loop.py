@@ -1,0 +1,445 @@
+"""The training loop. Each step passes five places, in this order, all of them in run_epoch():
+
+    prepare             seed what the model draws, set the rates
+    forward_backward    the micro-batches of the step; a loss that is not finite ends the run before it does harm
+    clip                gradients
+    update              weights, then their average
+    keep_books          log, save, notice a request to stop
+
+Everything random follows from (seed, step), and everything else that outlives a step is in the checkpoint: a run that is
+interrupted anywhere and started again ends in the same weights, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vissl_like.config.schema_model import GradClip
+from vissl_like.core import checkpoint, distributed, parallel, rng, signals
+from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
+from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
+from vissl_like.errors import ConfigError, DataError, Stopped, WeightsError
+from vissl_like.models.ema import Ema
+from vissl_like.optim.clipping import clip_gradients
+from vissl_like.optim.groups import Group, load_state_by_name, set_rates, state_by_name
+from vissl_like.optim.schedules import Rates
+
+
+class Record(Protocol):
+    """Where metrics go (outputs/writers.py on the main rank)."""
+
+    def metrics(self, record: Mapping[str, Any]) -> None: ...
+
+    def progress(self, step: int, record: Mapping[str, Any] | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loop needs to know, resolved from the configuration and the plan."""
+
+    seed: int
+    num_epochs: int
+    steps_per_epoch: int
+    accumulate: int = 1
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    clip: GradClip = field(default_factory=GradClip)
+    check_nan: bool = True
+    log_every: int = 10
+    test_every: int = 1
+    save_every_epochs: int = 1
+    save_every_steps: int = 0
+    keep: int = 2
+    best_metric: str = ""
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The images. Batches come from the host; `to_input` is what the transforms leave to the device.
+
+    train(epoch, first_step) yields `accumulate` micro-batches per step, test() this rank's batches of the test split.
+    `identity`: what the order of samples depends on; a checkpoint with another one cannot be continued. `pass_ended` is
+    called on every rank after each pass over a split.
+    """
+
+    train: Callable[[int, int], Iterator[Batch]]
+    to_input: Callable[[Tensor], Tensor]
+    test: Callable[[], Iterator[Batch]] | None = None
+    to_test_input: Callable[[Tensor], Tensor] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    pass_ended: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Window:
+    """What was measured since the last log line."""
+
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    rows: int = 0
+
+
+class Training:
+    """A model on its way through the epochs: resume() if there is a checkpoint, then run()."""
+
+    def __init__(
+        self,
+        *,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[Group],
+        rates: Rates,
+        feed: Feed,
+        options: Options,
+        run_dir: Path,
+        record: Record,
+        ema: Ema | None = None,
+    ) -> None:
+        """`task` (see evaluation.Task) may be wrapped by parallel.wrap_for_gradients()."""
+        self.wrapped = task
+        self.task: Task = parallel.unwrap(task)  # type: ignore[assignment]
+        self.model = self.task.model
+        self.optimizer, self.groups, self.rates, self.ema = optimizer, groups, rates, ema
+        self.feed, self.options, self.run_dir, self.record = feed, options, run_dir, record
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        device = distributed.current().device
+        self.scaler = torch.amp.GradScaler(device.type) if options.arithmetic.precision == "fp16" else None
+        self.guard = FiniteGuard(run_dir) if options.check_nan else None
+        # What a checkpoint holds beside weights and optimizer:
+        self.step = 0
+        self.test_due = False
+        self.results: dict[str, Any] = {}
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows = 0
+        # What it does not need to hold:
+        self.saved_step = -1
+        self.known_tests: dict[int, dict[str, float]] = {}
+        self.window = Window()
+        self.line: dict[str, Tensor] | None = None
+        self.current_rates: tuple[float, float, float | None] | None = None
+        self.answer: Callable[[], bool] = lambda: False
+        self.stop = signals.StopRequest()
+
+    # ------------------------------------------------------------------------------------------------------ the course
+    def run(self) -> dict[str, Any]:
+        """Train from the present state to the end; returns the final metrics. Raises Stopped after a signal."""
+        with signals.listen() as self.stop:
+            if self.test_due:
+                self.run_test()
+            while self.step < self.options.total_steps:
+                self.run_epoch()
+            if self.saved_step < 0:  # a training of no steps is tested and leaves its weights, too
+                self.test_due = self.feed.test is not None
+                self.save()
+                if self.test_due:
+                    self.run_test()
+            self.answer()  # every rank has asked once more than it has heard
+        return dict(self.results)
+
+    def run_epoch(self) -> None:
+        """The rest of the current epoch: its steps, then its books, a save and a test where they are due."""
+        epoch, first = divmod(self.step, self.options.steps_per_epoch)
+        batches = self.feed.train(epoch, first)
+        self.wrapped.train()
+        self.window = Window()
+        for _ in range(first, self.options.steps_per_epoch):
+            micro_batches = self.fetch(batches)
+            self.prepare()
+            self.forward_backward(micro_batches)
+            norm = self.clip()
+            self.update()
+            self.keep_books(norm)
+        self.end_epoch()
+
+    def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step. Taken before the seeds are set: loading must not disturb what the model draws."""
+        began = time.perf_counter()
+        try:
+            micro_batches = [next(batches) for _ in range(self.options.accumulate)]
+        except (RuntimeError, DataError) as error:
+            if not self.stop.requested or distributed.current().size > 1:
+                raise
+            self.save()  # a signal to the whole process group ends the loader's workers too
+            raise self.stopped() from error
+        self.window.waited += time.perf_counter() - began
+        return micro_batches
+
+    # ------------------------------------------------------------------------------------------------- the five places
+    def prepare(self) -> None:
+        """Seed what the model draws in this step and set the rates."""
+        rng.seed_step(self.options.seed, self.step, distributed.current().rank)
+        rates = self.rates.at(self.step)
+        if rates != self.current_rates:
+            self.current_rates = rates
+            lr, lr_head, weight_decay = rates
+            set_rates(self.optimizer, self.groups, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+        self.line = {} if self.is_logged(self.step + 1) else None
+
+    def forward_backward(self, micro_batches: list[Batch]) -> None:
+        """Add up the gradients of the step's mean loss over its micro-batches."""
+        losses: list[Tensor] = []
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            inputs = self.options.arithmetic.to_device(batch, self.feed.to_input)
+            with contextlib.nullcontext() if is_last else parallel.without_exchange(self.wrapped):
+                with self.options.arithmetic.autocast():
+                    values = self.wrapped(inputs)
+                losses.append(values["loss"].detach())
+                if is_last and self.guard is not None:
+                    self.guard.look(losses)
+                share = float(batch["weight"]) / len(micro_batches)  # `weight` stays on the host
+                loss = values["loss"] * share
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            self.count(values, share=share, rows=len(batch["index"]))
+        if self.guard is not None:
+            where = {"step": self.step + 1, "epoch": self.step // self.options.steps_per_epoch, "seed": self.options.seed}
+            self.guard.check(micro_batches, self.model, where=where)
+
+    def clip(self) -> Tensor | None:
+        """Clip the gradients; returns their norm before, on the device."""
+        if not self.options.clip.USE_GRAD_CLIP:
+            return None
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return clip_gradients(self.parameters, self.options.clip)
+
+    def update(self) -> None:
+        """Change the weights, then their average. The step is finished."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
+
+    def keep_books(self, norm: Tensor | None) -> None:
+        """Log every log_every steps, save every save_every_steps, stop if any rank was asked to."""
+        options = self.options
+        line = None if self.line is None else self.log_step(self.line, norm)
+        self.record.progress(self.step, line)
+        ends_epoch = self.step % options.steps_per_epoch == 0
+        if options.save_every_steps and self.step % options.save_every_steps == 0 and not ends_epoch:
+            self.save()
+        if self.should_stop():
+            if ends_epoch:
+                self.close_epoch()
+            self.save()
+            raise self.stopped()
+
+    # ------------------------------------------------------------------------------------------------------- the books
+    def count(self, values: Mapping[str, Tensor], *, share: float, rows: int) -> None:
+        """Add a micro-batch to the running sums, on the device."""
+        self.loss_sum += values["loss"].detach().double() * rows
+        self.rows += rows
+        self.window.rows += rows
+        if self.line is not None:
+            for name, value in values.items():
+                part = value.detach().double() * share
+                self.line[name] = self.line[name] + part if name in self.line else part
+
+    def log_step(self, values: dict[str, Tensor], norm: Tensor | None) -> dict[str, Any]:
+        """Write the line of this step, means over all ranks: the only moment at which values come from the device."""
+        if norm is not None:
+            values["grad_norm"] = norm.double()
+        size = distributed.current().size
+        local = torch.stack(list(values.values())).cpu() / size
+        seconds = time.perf_counter() - self.window.began
+        speed = torch.tensor([self.window.rows / seconds, self.window.waited / seconds / size], dtype=torch.float64)
+        *means, images_per_s, data_wait_share = distributed.all_reduce_sum(torch.cat([local, speed])).tolist()
+        lr, lr_head, weight_decay = self.current_rates or (0.0, 0.0, None)
+        line: dict[str, Any] = {"kind": "train", **self.place(), **dict(zip(values, means)), "lr": lr}
+        if lr_head != lr:
+            line["lr_head"] = lr_head
+        if weight_decay is not None:
+            line["weight_decay"] = weight_decay
+        line |= {"images_per_s": images_per_s, "data_wait_share": data_wait_share}
+        self.record.metrics(line)
+        self.window = Window()
+        return line
+
+    def place(self) -> dict[str, Any]:
+        """Where the training is: finished steps, and epochs with their fraction."""
+        return {"step": self.step, "epoch": self.step / max(1, self.options.steps_per_epoch)}
+
+    def is_logged(self, step: int) -> bool:
+        return step % self.options.log_every == 0 or step in (1, self.options.total_steps)
+
+    def close_epoch(self) -> None:
+        """Write the epoch's means and start new sums."""
+        local = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.rows)]).cpu()
+        loss_sum, rows = distributed.all_reduce_sum(local).tolist()
+        means = {"train_loss": loss_sum / max(rows, 1.0), **self.task.train_metrics("train")}
+        epoch = self.step // self.options.steps_per_epoch
+        self.record.metrics({"kind": "train_epoch", "step": self.step, "epoch": epoch, **means})
+        self.results |= means
+        self.loss_sum.zero_()
+        self.rows = 0
+        self.feed.pass_ended()
+        is_last = self.step >= self.options.total_steps
+        self.test_due = self.feed.test is not None and (epoch % self.options.test_every == 0 or is_last)
+
+    def end_epoch(self) -> None:
+        """Books, save and test of a finished epoch. The save comes first: a long test is no reason to lose an epoch."""
+        self.close_epoch()
+        options = self.options
+        epoch = self.step // options.steps_per_epoch
+        every = options.save_every_epochs
+        if self.step >= options.total_steps or (every and epoch % every == 0):
+            self.save()
+        if self.test_due:
+            self.run_test()
+
+    def should_stop(self) -> bool:
+        """Whether any rank got a signal; all ranks get the same answer at the same step.
+
+        With several ranks the answer is that to the question of the step before, so nobody waits for it.
+        """
+        if distributed.current().size == 1:
+            return self.stop.requested
+        answer, self.answer = self.answer, distributed.start_any(self.stop.requested)
+        return answer()
+
+    def stopped(self) -> Stopped:
+        return Stopped(
+            f"stopped by {self.stop.name or 'a signal to another process'} after step {self.step} of "
+            f"{self.options.total_steps}; saved in {self.run_dir}. The same command goes on from there."
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- tests
+    def run_test(self) -> None:
+        """Test the weights (and their average), note the results, and point `best` at the best so far."""
+        metrics = self.known_tests.pop(self.step, None)
+        if metrics is None:
+            metrics = self.measure()
+            if metrics is None:
+                self.save()
+                raise self.stopped()
+            epoch = self.step // max(1, self.options.steps_per_epoch)
+            self.record.metrics({"kind": "test", "step": self.step, "epoch": epoch, **metrics})
+        self.results |= metrics
+        self.test_due = False
+        self.note_best(metrics)
+
+    def measure(self) -> dict[str, float] | None:
+        """The metrics of the test split under the weights and under their average; None after a signal."""
+        metrics = self.measure_as("test")
+        if metrics is not None and self.ema is not None:
+            with self.ema.in_place():
+                averaged = self.measure_as("test_ema")
+            metrics = None if averaged is None else metrics | averaged
+        self.feed.pass_ended()
+        return metrics
+
+    def measure_as(self, prefix: str) -> dict[str, float] | None:
+        assert self.feed.test is not None
+        return evaluate(
+            self.task,
+            self.feed.test(),
+            to_input=self.feed.to_test_input or self.feed.to_input,
+            arithmetic=self.options.arithmetic,
+            seed=self.options.seed,
+            prefix=prefix,
+            interrupted=lambda: self.stop.requested,
+        )
+
+    def note_best(self, metrics: Mapping[str, float]) -> None:
+        """Keep the best value of BEST_METRIC, and let `best` point at the weights that gave it."""
+        name = self.options.best_metric or next((key for key in metrics if not key.endswith("_loss")), "test_loss")
+        if name not in metrics:
+            raise ConfigError(f"config.CHECKPOINT.BEST_METRIC={name!r}: the test measures {', '.join(metrics)}.")
+        value, best = metrics[name], self.results.get(f"best_{name}")
+        sign = -1 if name.endswith("_loss") else 1
+        if best is not None and not math.isnan(best) and not sign * value > sign * best:
+            return
+        self.results |= {f"best_{name}": value, "best_step": self.step}
+        if self.saved_step != self.step:
+            self.save()
+        checkpoint.mark_best(self.run_dir, self.step)
+
+    # ----------------------------------------------------------------------------------------------- save and go on
+    def save(self) -> None:
+        """Save everything that the rest of the training depends on."""
+        if self.saved_step == self.step:
+            return
+        if self.guard is not None:
+            refuse_bad_weights(self.model, step=self.step)
+        mine = {"loss_sum": self.loss_sum.item(), "rows": self.rows, "running": self.task.running_state()}
+        state = {
+            "step": self.step,
+            "test_due": self.test_due,
+            "results": self.results,
+            "identity": dict(self.feed.identity),
+            "ranks": distributed.all_gather_object(mine),
+            "optimizer": state_by_name(self.optimizer, self.groups),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        checkpoint.save(
+            self.run_dir,
+            step=self.step,
+            model_state=self.model.state_dict(),
+            training_state=state,
+            ema_state=None if self.ema is None else self.ema.state_dict(),
+            keep=self.options.keep,
+        )
+        self.saved_step = self.step
+        self.window = Window()
+
+    def resume(self, saved: checkpoint.Saved) -> None:
+        """Take over a checkpoint's state."""
+        state = saved.training_state()
+        self.refuse_other_order(state["identity"], saved)
+        try:
+            self.model.load_state_dict(saved.model_state())
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{saved.path}: does not fit this model: {error}. Resume with the configuration of the run, or set "
+                "config.RUN.OVERWRITE=true to start anew."
+            ) from error
+        load_state_by_name(self.optimizer, self.groups, state["optimizer"])
+        averages = saved.ema_state()
+        if self.ema is not None:
+            self.ema.load_state_dict(averages if averages is not None else saved.model_state())
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.test_due, self.results = state["step"], state["test_due"], state["results"]
+        self.saved_step = self.step
+        self.take_running_sums(state["ranks"])
+
+    def take_running_sums(self, ranks: list[dict[str, Any]]) -> None:
+        """Each rank goes on with its own sums; if their number has changed, rank 0 with all of them."""
+        world = distributed.current()
+        if len(ranks) == world.size:
+            mine = [ranks[world.rank]]
+        else:
+            mine = ranks if world.rank == 0 else []
+        self.loss_sum.fill_(sum(part["loss_sum"] for part in mine))
+        self.rows = sum(part["rows"] for part in mine)
+        self.task.load_running_state([part["running"] for part in mine])
+
+    def refuse_other_order(self, saved: Mapping[str, Any], where: checkpoint.Saved) -> None:
+        """A checkpoint of step s belongs to the first s steps of one certain order of samples."""
+        now = self.feed.identity
+        differing = [f"{key} was {saved.get(key)}, is {value}" for key, value in now.items() if saved.get(key) != value]
+        if differing:
+            raise ConfigError(
+                f"{where.path}: cannot go on from here, the order of the images would be another one: "
+                f"{'; '.join(differing)}. With another number of processes keep the global batch "
+                "(config.DATA.TRAIN.BATCHSIZE_PER_REPLICA, config.OPTIMIZER.ACCUMULATE_STEPS), or set "
+                "config.RUN.OVERWRITE=true to start anew."
+            )
+

@@ -1,0 +1,44 @@
+"""Being asked to stop: SIGTERM and SIGUSR1 (cluster managers, preemption) become a flag that the loop reads at each step."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether a signal has come, and which."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.name)
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[StopRequest]:
+    """Note the signals instead of dying from them; the former handlers are back afterwards.
+
+    Python handles signals in the main thread only: elsewhere nothing is noted.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,129 @@
+"""Files of a checkpoint: nested Python state as JSON plus safetensors, written to the disk with a checksum.
+
+The writer of safetensors is our own: it sends one tensor after the other to the file, takes the checksum on the way, and
+reports a full disk as the OSError that it is. The files are those of the safetensors format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vissl_like.errors import WeightsError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+# Marks in the JSON of what JSON itself cannot say.
+_TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
+_CHUNK = 1 << 24
+
+
+def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Nested dicts, lists and tuples of numbers, texts, None and tensors -> (what JSON can hold, the tensors by name)."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            return {_TENSOR: name}
+        if isinstance(value, Mapping):
+            parts = [(key, walk(item, f"{name}/{key}" if name else str(key))) for key, item in value.items()]
+            is_plain = all(isinstance(key, str) and not key.startswith("$") for key, _ in parts)
+            return dict(parts) if is_plain else {_PAIRS: [[walk(key, ""), item] for key, item in parts]}
+        if isinstance(value, list | tuple):
+            items = [walk(item, f"{name}/{i}") for i, item in enumerate(value)]
+            return {_TUPLE: items} if isinstance(value, tuple) else items
+        if value is None or isinstance(value, str | bool | int | float):
+            return value
+        raise TypeError(f"the training state holds {name or 'an entry'} of {type(value).__name__}, which has no plain form")
+
+    return walk(state, ""), tensors
+
+
+def join_state(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of split_state()."""
+    if isinstance(structure, list):
+        return [join_state(item, tensors) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    if _TENSOR in structure:
+        return tensors[structure[_TENSOR]]
+    if _TUPLE in structure:
+        return tuple(join_state(item, tensors) for item in structure[_TUPLE])
+    if _PAIRS in structure:
+        return {join_state(key, tensors): join_state(item, tensors) for key, item in structure[_PAIRS]}
+    return {key: join_state(item, tensors) for key, item in structure.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a .safetensors file to the disk; returns its record for the manifest."""
+    # Wide types first, so that each tensor starts at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise WeightsError(f"tensor {name!r} has the type {tensor.dtype}, which safetensors files cannot hold.")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(path, _file_parts(text, [tensors[name] for name in names]))
+
+
+def _file_parts(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Any]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in tensors:
+        if tensor.numel():
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Write a JSON file to the disk; returns its record for the manifest."""
+    return _write(path, [json.dumps(value, indent=1).encode()])
+
+
+def _write(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file as it lies on the disk."""
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the entries of a folder (new files, renames) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""One split as the rest of the program sees it: rows of images with labels, views and a fingerprint."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vissl_like.core import distributed, rng
+from vissl_like.data import badimages
+from vissl_like.data.decode import Unreadable
+from vissl_like.data.labels import Labels
+from vissl_like.data.source import Source, fingerprint
+from vissl_like.data.views import DeviceTransform, TransformFailed, Views
+from vissl_like.errors import DataError
+
+_MAX_REPLACEMENTS = 64
+
+# Looked up when asked for and left behind when the dataset is sent to a worker process.
+_NOT_FOR_WORKERS = ("paths", "stamps", "fingerprint", "loaders", "bad")
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of one split. What row r looks like in epoch e follows from (seed, e, r) alone.
+
+    `labels` are the images' own, int64 (N,) or multi-hot (N, K), or None. `num_classes` and `class_names` speak of the
+    labels in the samples, which a transform (ImgRotatePil) may have replaced. `bad` collects row -> reason of the
+    images that could not be read; the loader fills it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        views: Views,
+        labels: Labels | None,
+        split: str,
+        name: str,
+        seed: int,
+        max_bad_fraction: float = 0.01,
+        run_dir: Path | None = None,
+    ) -> None:
+        self.source, self.views, self.split, self.name, self.seed = source, views, split, name, seed
+        self.labels = None if labels is None else labels.values
+        self.num_classes, self.class_names = _classes_in_samples(labels, views)
+        self._max_bad_fraction, self._run_dir = max_bad_fraction, run_dir
+        self.bad: dict[int, str] = {}
+        self._seen_bad: dict[int, str] = {}
+        self.loaders: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.__dict__.items() if key not in _NOT_FOR_WORKERS}
+        return {**kept, "loaders": {}, "bad": {}}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    # ------------------------------------------------------------------------------ what it is made of
+    @functools.cached_property
+    def paths(self) -> np.ndarray:
+        """Identity of each row, unicode (N,): relative to `root`, or absolute, or a made-up name."""
+        return self.source.paths
+
+    @property
+    def root(self) -> str:
+        """Folder that `paths` are relative to, or ""."""
+        return self.source.root
+
+    @functools.cached_property
+    def stamps(self) -> np.ndarray:
+        """int64 (N,): file size in bytes or a checksum; changes when the image changes."""
+        return self.source.stamps()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the ordered paths and stamps."""
+        return fingerprint(self.paths, self.stamps)
+
+    @property
+    def device_transform(self) -> DeviceTransform:
+        """What is left to do on batches: uint8 or float (B, C, H, W) -> float32 (B, C, H, W)."""
+        return self.views.device_transform
+
+    def file(self, row: int) -> str | None:
+        """Absolute file of a row, if it has one."""
+        return self.source.file(row)
+
+    def image(self, row: int) -> Image.Image:
+        """The untransformed image as RGB, for montages. Raises DataError if it cannot be read."""
+        try:
+            return self.source.load(row)
+        except Unreadable as reason:
+            raise DataError(f"{self._where(row)}: {reason}.") from reason
+
+    def _where(self, row: int) -> str:
+        return self.source.file(row) or self.source.path(row)
+
+    # ----------------------------------------------------------------------------------------- samples
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        """Row `item`, or (epoch, row): data (C, H, W), label int64 () or (K,), index, valid."""
+        epoch, row = item if isinstance(item, tuple) else (0, item)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        data, label, used, bad = self.sample(epoch, row)
+        self.record_bad(bad)
+        return {"data": data, "label": torch.as_tensor(label), "index": row, "valid": used == row}
+
+    def sample(self, epoch: int, row: int) -> tuple[torch.Tensor, np.ndarray, int, dict[int, str]]:
+        """(data (C, H, W), label int64 () or (K,), the row that was read, bad rows met on the way).
+
+        The row read differs from `row` if that one is unreadable; the label is that of the row read, -1 without labels.
+        """
+        image, used, bad = self._first_readable(row)
+        with rng.sample_scope(self.seed, epoch, row):
+            try:
+                data, given = self.views(image)
+            except TransformFailed as error:
+                size = "x".join(str(side) for side in image.size)
+                raise DataError(
+                    f"{self._where(used)} ({size}): config.DATA.{self.split}.TRANSFORMS: {error}"
+                ) from error
+        if given is not None:
+            label = np.int64(given)
+        else:
+            label = np.int64(-1) if self.labels is None else self.labels[used]
+        return data, np.asarray(label, dtype=np.int64), used, bad
+
+    def _first_readable(self, row: int) -> tuple[Image.Image, int, dict[int, str]]:
+        """The image of a row, or else that of another chosen by (seed, row); (image, its row, bad rows met)."""
+        bad: dict[int, str] = {}
+        candidate = row
+        for attempt in range(1, _MAX_REPLACEMENTS + 1):
+            reason = self._seen_bad.get(candidate)
+            if reason is None:
+                try:
+                    return self.source.load(candidate), candidate, bad
+                except Unreadable as error:
+                    reason = str(error)
+            bad[candidate] = self._seen_bad[candidate] = reason
+            candidate = rng.mix(self.seed, row, attempt) % len(self)
+        raise DataError(
+            f"config.DATA.{self.split}: {_MAX_REPLACEMENTS} images in a row cannot be read, the first is "
+            f"{self._where(row)}: {bad[row]}."
+        )
+
+    # -------------------------------------------------------------------------------------- bad images
+    def record_bad(self, bad: dict[int, str]) -> None:
+        """Add unreadable rows to `bad`. Raises DataError once they are more than MAX_BAD_FRACTION of all."""
+        new = {row: reason for row, reason in bad.items() if row not in self.bad}
+        if not new:
+            return
+        self.bad.update(new)
+        self._refuse_too_many(self.bad)
+
+    def _refuse_too_many(self, bad: dict[int, str]) -> None:
+        if len(bad) <= self._max_bad_fraction * len(self):
+            return
+        named = self._named(bad)
+        file = badimages.add_to_list(self._run_dir, split=self.split, bad=named) if self._run_dir else None
+        raise badimages.too_many(
+            named, rows=len(self), max_fraction=self._max_bad_fraction, split=self.split, list_file=file
+        )
+
+    def _named(self, bad: dict[int, str]) -> dict[str, str]:
+        return {self._where(row): reason for row, reason in sorted(bad.items())}
+
+    def write_bad_images(self, run_dir: Path | None = None) -> Path | None:
+        """Add what all ranks found to RUN.DIR/bad_images.txt; every rank must call it. None if nothing is listed there.
+
+        Raises DataError if all ranks together found more than MAX_BAD_FRACTION.
+        """
+        folder = run_dir or self._run_dir
+        found: dict[int, str] = {}
+        for of_rank in distributed.all_gather_object(self.bad):
+            found.update(of_rank)
+        file = None
+        if folder is not None and distributed.is_main():
+            file = badimages.add_to_list(Path(folder), split=self.split, bad=self._named(found))
+        self._refuse_too_many(found)
+        return file
+
+
+def _classes_in_samples(labels: Labels | None, views: Views) -> tuple[int | None, list[str] | None]:
+    if views.label_names is not None:
+        return len(views.label_names), views.label_names
+    return (None, None) if labels is None else (labels.num_classes, labels.class_names)

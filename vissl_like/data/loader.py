@@ -1,0 +1,242 @@
+"""Batches in a fixed order, read in this process or in worker processes; how many there are changes nothing in them.
+
+A request names an epoch and rows; a worker answers with a whole batch. Errors and unreadable images come back with the
+batch, so that the user sees one message instead of a worker's traceback.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vissl_like.core import rng
+from vissl_like.data import order
+from vissl_like.data.images import ImageDataset
+from vissl_like.errors import DataError, UserError
+
+# Imported once by the server that forkserver workers are forked from, instead of once in each worker.
+_PRELOAD = ["torch", "torchvision.transforms.v2", "PIL.Image", "vissl_like.data.loader"]
+
+
+def train_batches(
+    dataset: ImageDataset,
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    batch_per_rank: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    size: int = 1,
+    workers: int = 0,
+    method: str = "forkserver",
+    pin_memory: bool = False,
+    drop_last: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The rest of an epoch from `first_step` on: `accumulate` micro-batches for each step, of one rank.
+
+    data (B, C, H, W) uint8 or float, label (B,) or (B, K) int64, index (B,) int64, valid (B,) bool, weight (): the
+    factor for the micro-batch's mean loss with which the mean over micro-batches and ranks is the mean over the
+    step's rows.
+    """
+    steps = order.steps_per_epoch(len(dataset), batch_per_rank, accumulate, size, drop_last)
+    if steps == 0:
+        wanted = batch_per_rank * accumulate if drop_last else accumulate
+        raise DataError(
+            f"config.DATA.{dataset.split}: {len(dataset)} images are too few for one step, which needs {wanted} on each"
+            f" of {size} processes (DROP_LAST={str(drop_last).lower()})."
+        )
+    shape = {"batch_per_rank": batch_per_rank, "accumulate": accumulate, "size": size}
+    rows = rng.permutation(seed, epoch, len(dataset))
+    requests, weights = [], []
+    for step in range(first_step, steps):
+        for start, stop in order.micro_batches(len(dataset), step=step, rank=rank, **shape):
+            requests.append((epoch, rows[start:stop]))
+            weights.append(order.micro_batch_weight(len(dataset), step=step, rows=stop - start, **shape))
+    batches = _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
+    for batch, weight in zip(batches, weights):
+        yield {**batch, "weight": torch.tensor(weight)}
+
+
+def eval_batches(
+    dataset: ImageDataset,
+    *,
+    batch: int,
+    rank: int = 0,
+    size: int = 1,
+    workers: int = 0,
+    method: str = "forkserver",
+    pin_memory: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's whole batches of the split, rows in order, each row on one rank only; randomness as in epoch 0.
+
+    Batch k is rows [k*batch, (k+1)*batch) whatever the number of ranks. No weight.
+    """
+    start, stop = order.eval_range(len(dataset), batch, rank, size)
+    requests = [(0, np.arange(first, min(first + batch, stop))) for first in range(start, stop, batch)]
+    yield from _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
+
+
+def close_workers(dataset: ImageDataset) -> None:
+    """End the worker processes of a dataset now instead of when it is no longer used."""
+    dataset.loaders.clear()
+
+
+# -------------------------------------------------------------------------------------------- fetching
+_Request = tuple[int, np.ndarray]  # epoch, rows
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Answers a request with a batch. Runs in the worker."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, request: _Request) -> dict[str, Any]:
+        epoch, rows = request
+        try:
+            return _read_batch(self._dataset, epoch, rows)
+        except UserError as error:
+            return {"error": error}
+
+
+def _read_batch(dataset: ImageDataset, epoch: int, rows: np.ndarray) -> dict[str, Any]:
+    """One batch. Small arrays stay numpy: they travel inside the message, a tensor each needs a file descriptor."""
+    samples = [dataset.sample(epoch, int(row)) for row in rows]
+    bad: dict[int, str] = {}
+    for _, _, _, found in samples:
+        bad.update(found)
+    images = [data for data, _, _, _ in samples]
+    _refuse_mixed_shapes(images, dataset=dataset, rows=rows)
+    return {
+        "data": torch.utils.data.default_collate(images),
+        "label": np.stack([label for _, label, _, _ in samples]),
+        "index": np.asarray(rows, dtype=np.int64),
+        "valid": np.array([used == int(row) for (_, _, used, _), row in zip(samples, rows)]),
+        "bad": bad,
+    }
+
+
+def _refuse_mixed_shapes(images: list[torch.Tensor], *, dataset: ImageDataset, rows: np.ndarray) -> None:
+    first = images[0]
+    for image, row in zip(images, rows):
+        if image.shape != first.shape:
+            raise DataError(
+                f"config.DATA.{dataset.split}.TRANSFORMS: images of one batch have different shapes, "
+                f"{tuple(first.shape)} ({dataset.source.path(int(rows[0]))}) and {tuple(image.shape)} "
+                f"({dataset.source.path(int(row))}). "
+                "End with a crop or a resize to a fixed size [height, width]."
+            )
+
+
+def _fetch(
+    dataset: ImageDataset, requests: list[_Request], *, workers: int, method: str, pin_memory: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of the requests, in order."""
+    if workers == 0 or len(requests) == 0:
+        reader = _Reader(dataset)
+        for request in requests:
+            yield _finished(dataset, reader[request], pin_memory=pin_memory)
+        return
+    pool = _pool_of(dataset, workers=workers, method=method, pin_memory=pin_memory)
+    yield from (_finished(dataset, answer) for answer in pool.answers(requests))
+
+
+def _finished(dataset: ImageDataset, answer: dict[str, Any], *, pin_memory: bool = False) -> dict[str, torch.Tensor]:
+    """A worker's answer as tensors; what it found unreadable is written down, its error raised."""
+    if "error" in answer:
+        raise answer["error"]
+    dataset.record_bad(answer["bad"])
+    batch = {
+        "data": answer["data"],
+        "label": torch.from_numpy(answer["label"]),
+        "index": torch.from_numpy(answer["index"]),
+        "valid": torch.from_numpy(answer["valid"]),
+    }
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
+
+
+class _Requests:
+    """The sampler of a loader that is used again and again: what it yields is set before each pass."""
+
+    def __init__(self) -> None:
+        self.requests: list[_Request] = []
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+@dataclass
+class _Pool:
+    """Worker processes that stay alive between passes over one dataset."""
+
+    loader: Any
+    sampler: _Requests
+    is_busy: bool = False
+
+    def answers(self, requests: list[_Request]) -> Iterator[dict[str, Any]]:
+        self.sampler.requests = requests
+        self.is_busy = True
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            clear = _worker_died(error)
+            if clear is None:
+                raise
+            raise clear from error
+        finally:
+            self.is_busy = False
+
+
+def _worker_died(error: RuntimeError) -> DataError | None:
+    """A clear error for what the system does to workers; None for anything else."""
+    text = str(error)
+    if "DataLoader worker" not in text or ("killed by signal" not in text and "exited unexpectedly" not in text):
+        return None
+    return DataError(
+        f"A loader process ended by itself ({text.splitlines()[0]}). Most often memory ran out (also of /dev/shm, "
+        "where batches pass through): lower config.DATA.NUM_DATALOADER_WORKERS; 0 loads in the main process."
+    )
+
+
+def _pool_of(dataset: ImageDataset, *, workers: int, method: str, pin_memory: bool) -> _Pool:
+    """The dataset's pool for these settings; a new one while that is in the middle of another pass."""
+    key = (workers, method, pin_memory)
+    kept = dataset.loaders.get(key)
+    if kept is not None and not kept.is_busy:
+        return kept
+    pool = _new_pool(dataset, workers=workers, method=method, pin_memory=pin_memory)
+    if kept is None:
+        dataset.loaders[key] = pool
+    return pool
+
+
+def _new_pool(dataset: ImageDataset, *, workers: int, method: str, pin_memory: bool) -> _Pool:
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)
+    sampler = _Requests()
+    loader = torch.utils.data.DataLoader(
+        _Reader(dataset),
+        batch_size=None,  # a request is already a batch
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        persistent_workers=True,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # the loader draws a number; leave the model's generator alone
+    )
+    return _Pool(loader=loader, sampler=sampler)

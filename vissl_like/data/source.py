@@ -1,0 +1,234 @@
+"""What an image source offers, and the two that are made of others: several in a row, and some rows of one.
+
+A row's identity is its path: relative to the source's root where there is one, else absolute, or a made-up name such as
+"mnist5k/train/17". Labels and features are tied to images by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vissl_like.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vissl_like.config.schema_data import Split
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a source is built from: entry `position` of the parallel lists of one split.
+
+    `name` is its DATASET_NAMES entry, `path` its DATA_PATHS entry ("" where none is given or needed).
+    """
+
+    split: str
+    position: int
+    name: str
+    path: str
+    options: Split
+    download: bool = False
+
+    def key(self, option: str) -> str:
+        """The dotted key of an option of this split, for messages."""
+        return f"config.DATA.{self.split}.{option}"
+
+
+class Source(Protocol):
+    """Images in a fixed order. A class in the registry also has `build(request: SourceRequest) -> Source`."""
+
+    name: str
+    root: str  # absolute folder that `paths` are relative to; "" where paths are no files or absolute
+    class_names: list[str] | None
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of each row, int64 (N,), or None where the source knows none."""
+
+    @property
+    def paths(self) -> np.ndarray:
+        """Identity of each row, unicode (N,)."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def load(self, row: int) -> Image.Image:
+        """The image as RGB. Raises decode.Unreadable with the reason."""
+
+    def path(self, row: int) -> str:
+        """Identity of one row."""
+
+    def file(self, row: int) -> str | None:
+        """Absolute file of one row, or None where there is none."""
+
+    def stamps(self) -> np.ndarray:
+        """int64 (N,): changes when the image changes. File size in bytes (-1: no such file), or a checksum."""
+
+
+class PathTable:
+    """Many strings in two arrays: no Python object per row, so worker processes take a plain copy of the bytes."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self._ends[row - 1]) if row else 0
+        return self._bytes[start : int(self._ends[row])].tobytes().decode("utf-8", "surrogateescape")
+
+    def array(self) -> np.ndarray:
+        """All of them, unicode (N,)."""
+        return unicode_array(self[row] for row in range(len(self)))
+
+
+def unicode_array(strings: Iterable[str]) -> np.ndarray:
+    """Unicode (N,), also when there is no string at all."""
+    found = list(strings)
+    return np.array(found, dtype=np.str_) if found else np.empty(0, dtype="U1")
+
+
+def file_sizes(files: Iterable[str]) -> np.ndarray:
+    """Bytes of each file, int64 (N,); -1 for one that is not there."""
+    return np.fromiter((_file_size(file) for file in files), dtype=np.int64)
+
+
+def _file_size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
+def fingerprint(paths: Sequence[str] | np.ndarray, stamps: np.ndarray) -> str:
+    """Hash of the ordered paths and stamps: 32 hex digits of SHA-256."""
+    digest = hashlib.sha256()
+    for path, stamp in zip(paths, stamps.tolist()):
+        digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+class ConcatSource:
+    """Several sources one after the other.
+
+    Folders and file lists get one common root, so that equal relative paths in two of them stay apart.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.parts = list(sources)
+        self.name = "+".join(part.name for part in self.parts)
+        self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
+        self.root = self._common_root()
+        self.class_names = self._common_classes()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, row: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.parts[part], row - int(self._starts[part])
+
+    def _common_root(self) -> str:
+        """Deepest folder above all roots; "" if some rows are no files or no folder but the system's root is shared."""
+        roots = [part.root for part in self.parts]
+        if not all(roots):
+            return ""
+        try:
+            common = os.path.commonpath(roots)
+        except ValueError:  # different drives
+            return ""
+        return "" if os.path.dirname(common) == common else common
+
+    def _common_classes(self) -> list[str] | None:
+        if any(part.labels is None for part in self.parts):
+            return None
+        named = [part.class_names for part in self.parts]
+        if any(names is None for names in named):
+            return None
+        return sorted({name for names in named for name in names or []})
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """By class name where all sources have names, as given where none has. None if some source has no labels."""
+        if any(part.labels is None for part in self.parts):
+            return None
+        if self.class_names is None and any(part.class_names for part in self.parts):
+            named = [part.name for part in self.parts if part.class_names]
+            raise DataError(
+                f"data sources {[part.name for part in self.parts]}: only {named} name their classes, so the labels of "
+                "the others cannot be matched to them. Give LABEL_PATHS, or LABEL_TYPE=zero if labels are not needed."
+            )
+        return np.concatenate([_renumbered(part, self.class_names) for part in self.parts])
+
+    @property
+    def paths(self) -> np.ndarray:
+        return unicode_array(self.path(row) for row in range(len(self)))
+
+    def load(self, row: int) -> Image.Image:
+        part, inner = self._locate(row)
+        return part.load(inner)
+
+    def path(self, row: int) -> str:
+        part, inner = self._locate(row)
+        file = part.file(inner)
+        if file is None:
+            return part.path(inner)
+        return os.path.relpath(file, self.root).replace(os.sep, "/") if self.root else file
+
+    def file(self, row: int) -> str | None:
+        part, inner = self._locate(row)
+        return part.file(inner)
+
+    def stamps(self) -> np.ndarray:
+        return np.concatenate([part.stamps() for part in self.parts])
+
+
+def _renumbered(part: Source, class_names: list[str] | None) -> np.ndarray:
+    assert part.labels is not None
+    if class_names is None:
+        return part.labels
+    new = np.array([class_names.index(name) for name in part.class_names or []], dtype=np.int64)
+    return np.where(part.labels >= 0, new[np.maximum(part.labels, 0)], part.labels) if len(new) else part.labels
+
+
+class SubsetSource:
+    """Some rows of a source, in the given order. Paths keep their identity; rows are counted anew."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.whole = source
+        self.rows = np.asarray(rows, dtype=np.int64)
+        self.name, self.root, self.class_names = source.name, source.root, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        labels = self.whole.labels
+        return None if labels is None else labels[self.rows]
+
+    @property
+    def paths(self) -> np.ndarray:
+        return self.whole.paths[self.rows]
+
+    def load(self, row: int) -> Image.Image:
+        return self.whole.load(int(self.rows[row]))
+
+    def path(self, row: int) -> str:
+        return self.whole.path(int(self.rows[row]))
+
+    def file(self, row: int) -> str | None:
+        return self.whole.file(int(self.rows[row]))
+
+    def stamps(self) -> np.ndarray:
+        return self.whole.stamps()[self.rows]

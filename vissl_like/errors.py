@@ -1,0 +1,42 @@
+"""What can go wrong for a user, and the exit code each of these ends with.
+
+Everything that is the user's to mend is a UserError: the terminal shows its message, never a traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_DEFECT = 1
+EXIT_CONFIGURATION = 2
+EXIT_DATA = 3
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message names the key or file, the value, what is allowed and the cure."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class ConfigError(UserError):
+    """The configuration is wrong. Several problems are reported at once, one per line."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class DataError(UserError):
+    """Images, labels, features or a stage's folder are missing, damaged or do not belong together."""
+
+    exit_code = EXIT_DATA
+
+
+class WeightsError(UserError):
+    """A weights file or checkpoint is missing, unsafe, damaged or does not fit the model."""
+
+    exit_code = EXIT_DATA
+
+
+class Stopped(Exception):
+    """The run was stopped by a signal after it had saved; starting it again goes on from there."""
+
+    exit_code = EXIT_STOPPED

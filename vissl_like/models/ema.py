@@ -1,0 +1,75 @@
+"""An exponential moving average of a model's weights and statistics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vissl_like.config.schema_model import Ema as EmaOptions
+from vissl_like.errors import WeightsError
+
+
+class Ema:
+    """average <- DECAY * average + (1 - DECAY) * weights, every UPDATE_ITER steps.
+
+    During the first WARMUP share of training the average only copies. Counters (whole numbers) are always copied.
+    """
+
+    def __init__(self, model: nn.Module, *, options: EmaOptions, total_steps: int) -> None:
+        self._decay, self._every = options.DECAY, options.UPDATE_ITER
+        self._warmup_steps = options.WARMUP * total_steps
+        self._names = list(model.state_dict())
+        self._live = list(model.state_dict().values())
+        self._average = [tensor.detach().clone() for tensor in self._live]
+        is_real = [tensor.is_floating_point() for tensor in self._live]
+        self._pairs = {
+            real: ([a for a, r in zip(self._average, is_real) if r is real], [v for v, r in zip(self._live, is_real) if r is real])
+            for real in (True, False)
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` (counted from 1) was finished."""
+        if step % self._every:
+            return
+        averages, weights = self._pairs[True]
+        if step <= self._warmup_steps:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1.0 - self._decay)
+        counters, live_counters = self._pairs[False]
+        if counters:
+            torch._foreach_copy_(counters, live_counters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the model's names."""
+        return dict(zip(self._names, self._average))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from these averages."""
+        if set(state) != set(self._names):
+            odd = sorted(set(state) ^ set(self._names))
+            raise WeightsError(f"the saved averages do not fit the model; first difference: {odd[0]!r}.")
+        for name, average in zip(self._names, self._average):
+            average.copy_(state[name])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        with torch.no_grad():
+            kept = [tensor.clone() for tensor in self._live]
+            _copy_all(self._live, self._average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy_all(self._live, kept)
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources):
+        target.copy_(source)

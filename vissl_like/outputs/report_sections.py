@@ -1,0 +1,369 @@
+"""The blocks of report.html. Each takes the run folder and returns its block, or None where its files are missing."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vissl_like.outputs import figures
+from vissl_like.outputs.console import duration
+from vissl_like.outputs.report import REPORT_FILE, RunFolder, Section
+from vissl_like.outputs.writers import COORDINATES
+
+#: Parts of metric names that stand in a tile at the top of the results, in this order.
+HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy", "loaded")
+MAX_TILES = 8
+#: Rows of long tables that are shown before the rest is folded away.
+OPEN_ROWS = 12
+
+
+def headline(run: RunFolder) -> str:
+    """Recipe, duration and date, for the line under the title."""
+    manifest = run.manifest
+    parts = [f"<code>{escape(run.launch['recipe'])}</code>"] if run.launch.get("recipe") else []
+    if isinstance(manifest.get("seconds"), int | float):
+        parts.append(f"{duration(manifest['seconds'])} {'h' if manifest['seconds'] >= 3600 else 'min'}")
+    if manifest.get("finished"):
+        parts.append(escape(str(manifest["finished"])[:16].replace("T", " ")))
+    return f'<span class="muted">{" · ".join(parts)}</span>'
+
+
+def summary_table(run: RunFolder) -> Section | None:
+    """The table of a pipeline (table.json: columns, rows, notes)."""
+    content = run.json("table.json")
+    if not content or not content.get("rows"):
+        return None
+    notes = "".join(f'<p class="muted">{escape(str(note))}</p>' for note in content.get("notes") or [])
+    return Section(str(content.get("title") or "Summary"), _bar_table(content["columns"], content["rows"]) + notes)
+
+
+def results(run: RunFolder) -> Section | None:
+    """Final metrics: the main ones as tiles, all of them in a table."""
+    values = run.results
+    if not values:
+        return None
+    # The table of a pipeline already shows the main ones.
+    main = [] if (run.path / "table.json").is_file() else headline_keys(values)
+    tiles = "".join(
+        f'<div class="tile"><b>{_number(values[key])}</b><span>{escape(_title(key))}</span></div>' for key in main
+    )
+    rows = [(f'<td class="k">{escape(key)}</td><td class="n">{_value(value)}</td>') for key, value in values.items()]
+    table = _folded_table(("metric", "value"), rows, open_rows=0 if tiles else OPEN_ROWS, what="all {} metrics")
+    return Section("Results", (f'<div class="tiles">{tiles}</div>' if tiles else "") + table)
+
+
+def headline_keys(values: Mapping[str, Any]) -> list[str]:
+    """The metrics that matter most, by name; at most eight."""
+    numbers = [key for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    rank = {key: place for key in numbers if (place := _headline_place(key)) is not None}
+    chosen = sorted(rank, key=lambda key: rank[key])
+    return chosen[:MAX_TILES]
+
+
+def _headline_place(key: str) -> int | None:
+    """Where a metric stands in HEADLINE_METRICS by the last part of its name; training metrics stand nowhere."""
+    name = key.rsplit("/", 1)[-1]
+    places = [place for place, part in enumerate(HEADLINE_METRICS) if part in name]
+    return places[0] if places and "train_" not in name else None
+
+
+def stages(run: RunFolder) -> Section | None:
+    """A card per stage of a pipeline, with its main picture and a link to its own report."""
+    if not run.stages:
+        return None
+    cards = []
+    for stage in run.stages:
+        style, text = stage.status
+        keys = headline_keys(stage.results)[:2]
+        numbers = "".join(
+            f"<br><span>{escape(_title(key))} <b>{_number(stage.results[key])}</b></span>" for key in keys
+        )
+        picture = next(
+            (stage.path / "figures" / name for name in MAIN_FIGURES if (stage.path / "figures" / name).is_file()), None
+        )
+        image = f'<img class="{_image_class(picture)}" src="{data_uri(picture)}" alt="">' if picture else ""
+        inner = (
+            f'<b>{escape(stage.path.name)}</b> <span class="muted">{escape(stage.engine.replace("_", " "))}</span><br>'
+            f'<span class="{style}">{escape(text)}</span>{numbers}{image}'
+        )
+        has_page = (stage.path / REPORT_FILE).is_file()
+        link = escape(f"{stage.path.name}/{REPORT_FILE}")
+        cards.append(f'<a class="stage" href="{link}">{inner}</a>' if has_page else f'<div class="stage">{inner}</div>')
+    return Section("Stages", f'<div class="stages">{"".join(cards)}</div>')
+
+
+#: The picture that stands for a stage: the first of these that it has.
+MAIN_FIGURES = ("cluster_montage.png", "test.png", "loss.png", "cluster_projection.png")
+
+
+def curves(run: RunFolder) -> Section | None:
+    """Loss, learning rate, test metrics and throughput over training (metrics.jsonl)."""
+    by_kind: dict[str, list[Record]] = {}
+    for record in run.metrics:
+        by_kind.setdefault(str(record.get("kind", "train")), []).append(record)
+    train, tests, epochs = (by_kind.get(kind, []) for kind in ("train", "test", "train_epoch"))
+    x = "epoch" if all("epoch" in record for record in run.metrics) else "step"
+    loss = lines_of(train, x=x, take="loss".__eq__, rename="train")
+    loss.update(lines_of(tests, x=x, take=lambda key: "loss" in key))
+    measured = lines_of(tests + epochs, x=x, take=lambda key: "loss" not in key and key not in NOT_PLOTTED)
+    folder = run.path / "figures"
+    drawn = [
+        _curve(folder / "loss.png", loss, x=x, y="loss", caption="Loss.", smooth=True),
+        _curve(folder / "test.png", _main_lines(measured), x=x, y="metric", caption="Metrics after each epoch."),
+    ]
+    for key, y, caption in TRAIN_CURVES:
+        line = lines_of(train, x=x, take=key.__eq__)
+        drawn.append(_curve(folder / f"{key}.png", line, x=x, y=y, caption=caption, smooth=True, from_zero=True))
+    pictures = "".join(drawn)
+    return Section("Curves", f'<div class="grid">{pictures}</div>') if pictures else None
+
+
+Record = Mapping[str, Any]
+
+#: Charts of single values of training steps: key of the record, axis, caption.
+TRAIN_CURVES = (
+    ("lr", "learning rate", "Learning rate."),
+    ("grad_norm", "gradient norm", "Norm of the gradient."),
+    ("images_per_s", "images per second", "Throughput."),
+    ("data_wait_share", "share of time", "Share of the time spent waiting for data."),
+)
+#: Values of epochs that say how long something took, not how good it is.
+NOT_PLOTTED = ("seconds", "images_per_s", "data_wait_share", "lr")
+MAX_LINES = 8
+
+
+def lines_of(
+    records: Sequence[Record], *, x: str, take: Callable[[str], bool], rename: str = ""
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The numbers under every key that `take` accepts as {key or `rename`: (x values, y values)}."""
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key in COORDINATES or not isinstance(value, int | float) or not take(key):
+                continue
+            xs, ys = lines.setdefault(rename or key, ([], []))
+            xs.append(record[x])
+            ys.append(value)
+    return lines
+
+
+def _main_lines(lines: dict[str, Any]) -> dict[str, Any]:
+    """At most eight curves: those of the headline metrics if there are too many."""
+    if len(lines) > MAX_LINES:
+        main = {key: line for key, line in lines.items() if any(part in key for part in HEADLINE_METRICS[:3])}
+        lines = main or lines
+    return dict(list(lines.items())[:MAX_LINES])
+
+
+def _curve(
+    path: Path,
+    lines: dict[str, Any],
+    *,
+    x: str,
+    y: str,
+    caption: str,
+    smooth: bool = False,
+    from_zero: bool = False,
+) -> str:
+    lines = {name: line for name, line in lines.items() if any(math.isfinite(value) for value in line[1])}
+    if not lines:
+        return ""
+    figures.curves(path, lines, xlabel=x, ylabel=y, smooth=smooth, from_zero=from_zero)
+    return picture(path, caption)
+
+
+def weights(run: RunFolder) -> Section | None:
+    """What was loaded into the model, tensor by tensor (weights_report.json)."""
+    report = run.json("weights_report.json")
+    if not isinstance(report, dict):
+        return None
+    plain = {key: value for key, value in report.items() if not isinstance(value, list | dict)}
+    tiles = "".join(
+        f'<div class="tile"><b>{_value(value)}</b><span>{escape(_title(key))}</span></div>'
+        for key, value in plain.items()
+    )
+    tables = []
+    for key, value in report.items():
+        entries = list(value.items()) if isinstance(value, dict) else value
+        if not isinstance(entries, list) or not entries:
+            continue
+        rows = [f'<td class="k">{escape(_line(entry))}</td>' for entry in entries]
+        tables.append(
+            f"<h3>{escape(_title(key))} ({len(entries)})</h3>" + _folded_table((), rows, open_rows=0, what="show {}")
+        )
+    return Section("Weights", f'<div class="tiles">{tiles}</div>{"".join(tables)}')
+
+
+def configuration(run: RunFolder) -> Section | None:
+    """What the command line changed, and every value that is not the schema's default."""
+    from vissl_like.config.schema import defaults
+
+    if not run.job:
+        return None
+    overrides = [str(text).split("=", 1) for text in run.launch.get("overrides") or []]
+    given = [f'<td class="k">{escape(pair[0])}</td><td class="k">{escape(pair[-1])}</td>' for pair in overrides]
+    body = (
+        "<h3>Changed from the recipe</h3>" + _folded_table(("option", "value"), given, open_rows=OPEN_ROWS)
+        if given
+        else '<p class="muted">The recipe as it stands; nothing was changed on the command line.</p>'
+    )
+    base = flatten(defaults())
+    changed = [
+        f'<td class="k">{escape(key)}</td><td class="k">{_value(value)}</td>'
+        f'<td class="k muted">{_value(base.get(key))}</td>'
+        for key, value in flatten(run.job).items()
+        if value != base.get(key)
+    ]
+    body += f"<h3>Different from the defaults ({len(changed)})</h3>"
+    body += _folded_table(("option", "value", "default"), changed, open_rows=0, what="show {}")
+    return Section("Configuration", body)
+
+
+def inferred(run: RunFolder) -> Section | None:
+    """Values that were worked out, with their reasons (plan.json)."""
+    rows = run.json("plan.json")
+    rows = rows.get("rows") if isinstance(rows, dict) else rows
+    if not rows:
+        return None
+    cells = [
+        f'<td class="k">{escape(str(row.get("key")))}</td><td class="k">{_value(row.get("given"))}</td>'
+        f'<td class="k">{_value(row.get("used"))}</td><td>{escape(str(row.get("reason", "")))}</td>'
+        for row in rows
+    ]
+    return Section("Inferred values", _folded_table(("option", "given", "used", "why"), cells, open_rows=len(cells)))
+
+
+def bad_images(run: RunFolder) -> Section | None:
+    """Images that could not be read and were replaced (bad_images.txt)."""
+    file = run.path / "bad_images.txt"
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()] if file.is_file() else []
+    if not lines:
+        return None
+    rows = [f'<td class="k">{escape(line)}</td>' for line in lines]
+    text = f"<p>{len(lines)} could not be read; each was replaced by another image of the data set.</p>"
+    return Section("Bad images", text + _folded_table((), rows, open_rows=OPEN_ROWS))
+
+
+def environment(run: RunFolder) -> Section | None:
+    """Versions and machine (environment.json)."""
+    values = run.json("environment.json")
+    if not values:
+        return None
+    rows = [
+        f'<td class="k">{escape(key)}</td><td class="k">{_value(value)}</td>' for key, value in flatten(values).items()
+    ]
+    return Section("Environment", _folded_table((), rows, open_rows=0, what="show {} entries"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": leaf}; lists and empty mappings are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def picture(path: Path, caption: str) -> str:
+    """A figure element with the PNG inside the page."""
+    style = "" if _image_class(path) else ' class="natural"'
+    return (
+        f'<figure{style}><img class="{_image_class(path)}" src="{data_uri(path)}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _image_class(path: Path) -> str:
+    """Charts are inverted in dark mode; photographs are not."""
+    return "" if "montage" in path.name else "chart"
+
+
+def _bar_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose percentages carry a bar: columns of numbers that all lie within 0..100 and reach beyond 1."""
+    is_share = []
+    for c in range(len(columns)):
+        numbers = [row[c] for row in rows if isinstance(row[c], int | float)]
+        is_share.append(bool(numbers) and c > 0 and min(numbers) >= 0 and 1 < max(numbers) <= 100)
+    head = "".join(f'<th class="{"n" if c else ""}">{escape(str(name))}</th>' for c, name in enumerate(columns))
+    lines = []
+    for row in rows:
+        cells = [f"<td>{escape(str(row[0]))}</td>"]
+        for c, cell in enumerate(row[1:], 1):
+            has_bar = is_share[c] and isinstance(cell, int | float)
+            bar = f' style="--share:{cell:.1f}%"' if has_bar else ""
+            cells.append(f'<td class="n{" bar" if has_bar else ""}"{bar}>{_cell(cell)}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table class="result"><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _folded_table(columns: Sequence[str], rows: Sequence[str], *, open_rows: int, what: str = "{} more") -> str:
+    """A table of ready cells; everything beyond `open_rows` rows stands in a fold, called `what`."""
+    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>" if columns else ""
+
+    def table(part: Sequence[str]) -> str:
+        return f'<div class="scroll"><table>{head}{"".join(f"<tr>{row}</tr>" for row in part)}</table></div>'
+
+    shown, hidden = rows[:open_rows], rows[open_rows:]
+    if not hidden:
+        return table(shown) if shown else ""
+    fold = f"<details><summary>{what.format(len(hidden))}</summary>{table(hidden)}</details>"
+    return (table(shown) if shown else "") + fold
+
+
+def _title(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _line(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return "  ".join(f"{key}={value}" for key, value in entry.items())
+    return " ".join(str(part) for part in entry) if isinstance(entry, list | tuple) else str(entry)
+
+
+def _cell(value: Any) -> str:
+    """One number of a summary table: one decimal."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if isinstance(value, float) else escape(str(value))
+
+
+def _number(value: float) -> str:
+    """A number in about four digits."""
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.2f}" if 0.1 <= abs(value) < 10000 else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    """Any leaf as text; long lists are shortened."""
+    if isinstance(value, float):
+        return escape(f"{value:.6g}")
+    if isinstance(value, list) and len(value) > 12 and all(isinstance(item, int | float) for item in value):
+        return escape(f"[{', '.join(f'{item:.4g}' for item in value[:6])}, … {len(value)} numbers]")
+    return escape(str(value))
+
+
+#: The page, top to bottom.
+SECTIONS: tuple[Callable[[RunFolder], Section | None], ...] = (
+    summary_table,
+    stages,
+    results,
+    curves,
+    weights,
+    configuration,
+    inferred,
+    bad_images,
+    environment,
+)
