@@ -55,6 +55,7 @@ $(BIN)/python:
 	  echo "      Debian, Ubuntu: apt install python3-venv   (then run make again)"; exit 1; }
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --upgrade pip
 
 $(VENV)/.installed-demo: $(PACKAGING) | $(BIN)/python
 	@echo "Installing into $(VENV). The first time takes some minutes: PyTorch alone is several GB (see docs/start.md)."

@@ -22,6 +22,7 @@ REQUIRED = [
     "numpy>=2",
     "pillow>=11",
     "simplejpeg>=1.8",
+    "scipy>=1.13",
     "scikit-learn>=1.6",
     "matplotlib>=3.10",
     "wandb>=0.19",

@@ -74,8 +74,9 @@ def names(kind: str) -> list[str]:
 
 def suggest(word: str, known: list[str]) -> str:
     """`; did you mean X?` for the nearest known word, or the empty string."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    in_lower_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), list(in_lower_case), n=1, cutoff=0.6)
+    return f"; did you mean {in_lower_case[near[0]]!r}?" if near else ""
 
 
 def problem(kind: str, name: str, key: str) -> str | None:

@@ -28,7 +28,9 @@ def array(case: str, what: str) -> np.ndarray:
 
 
 def label_file(case: str, split: str) -> np.ndarray:
-    [name] = [name for name in ARRAYS.files if name.startswith(f"{case}__file_toy_{split}_") and name.endswith("_labels")]
+    [name] = [
+        name for name in ARRAYS.files if name.startswith(f"{case}__file_toy_{split}_") and name.endswith("_labels")
+    ]
     return ARRAYS[name]
 
 
@@ -81,7 +83,9 @@ def test_normalisation(case: str) -> None:
     expected = array(case, "train_input")
     if CASES[case]["data_limit"] >= 0:
         expected_rows = array(case, "sampled_indices")
-        np.testing.assert_allclose(normalised(ArrayRows(array(case, "train_features"))).take(expected_rows), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            normalised(ArrayRows(array(case, "train_features"))).take(expected_rows), expected, atol=1e-6
+        )
     elif not CASES[case]["pca_dim"]:
         np.testing.assert_allclose(prepared(case, "train").read(0, len(expected)), expected, atol=1e-6)
 

@@ -64,9 +64,7 @@ def test_the_label_of_the_sample_is_replaced_and_the_class_count_follows() -> No
     for row in range(8):
         sample = dataset[row]
         upright = np.asarray(dataset.image(row))
-        np.testing.assert_array_equal(
-            sample["data"].permute(1, 2, 0).numpy(), np.rot90(upright, int(sample["label"]))
-        )
+        np.testing.assert_array_equal(sample["data"].permute(1, 2, 0).numpy(), np.rot90(upright, int(sample["label"])))
 
 
 def test_an_image_without_label_gets_one() -> None:

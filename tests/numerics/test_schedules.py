@@ -65,9 +65,7 @@ def curve_of(schedule: Schedule, case: dict, *, num_steps: int) -> np.ndarray:
     scaled, epochs = scaled_for(schedule, case), case["num_epochs"]
     curve = build_curve(scaled, num_epochs=epochs)
     spe = num_steps // epochs
-    return np.array(
-        [curve(where_at(scaled, step=s, steps_per_epoch=spe, num_epochs=epochs)) for s in range(num_steps)]
-    )
+    return np.array([curve(where_at(scaled, step=s, steps_per_epoch=spe, num_epochs=epochs)) for s in range(num_steps)])
 
 
 MADE_UP = [name for name in CASES if not name.startswith("shipped") and name != "unknown_name_auto"]
@@ -99,7 +97,7 @@ def test_shipped_configuration(name: str) -> None:
 def test_polynomial_cannot_be_scaled() -> None:
     case = CASES["unknown_name_auto"]
     assert case["error"]["type"] == "RuntimeError"
-    with pytest.raises(ConfigError, match="NAME='polynomial'.*AUTO_SCALE=false"):
+    with pytest.raises(ConfigError, match=r"NAME='polynomial'.*AUTO_SCALE=false"):
         scale_schedule(from_vissl(case["lr"]), global_batch=32, batch_per_node=32)
 
 

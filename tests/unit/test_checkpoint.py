@@ -22,9 +22,7 @@ MODEL = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2), 
 
 
 def save(run_dir: Path, step: int, *, keep: int = 2, **state: object) -> Path:
-    return checkpoint.save(
-        run_dir, step=step, model_state=MODEL, training_state={"step": step, **state}, keep=keep
-    )
+    return checkpoint.save(run_dir, step=step, model_state=MODEL, training_state={"step": step, **state}, keep=keep)
 
 
 def test_state_comes_back_exactly(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_damaged_newest_is_passed_over_and_said(tmp_path: Path, harm, caplog: py
 
 def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     damage_flip(save(tmp_path, 10))
-    with pytest.raises(WeightsError, match="every checkpoint is damaged.*OVERWRITE"):
+    with pytest.raises(WeightsError, match=r"every checkpoint is damaged.*OVERWRITE"):
         checkpoint.newest(tmp_path)
 
 

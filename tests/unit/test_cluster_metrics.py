@@ -11,7 +11,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from vissl_like.analysis.cluster_metrics import agreement
 
 pairs = st.integers(1, 60).flatmap(
-    lambda n: st.tuples(st.lists(st.integers(0, 5), min_size=n, max_size=n), st.lists(st.integers(0, 9), min_size=n, max_size=n))
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 5), min_size=n, max_size=n), st.lists(st.integers(0, 9), min_size=n, max_size=n)
+    )
 )
 
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vissl_like.config.schema_data import Data, Split
+from vissl_like.data.dataset import build_dataset
 from vissl_like.data.datasets import DIGITS_SPLITS, MNIST5K_SPLITS, DigitsSource, Mnist5kSource, stratified_split
 from vissl_like.data.decode import Unreadable, read_image
 from vissl_like.data.folder import FilelistSource, FolderSource, folder_classes
 from vissl_like.data.source import ConcatSource, PathTable, SourceRequest, fingerprint
 from vissl_like.data.synthetic import SyntheticSource
 from vissl_like.errors import ConfigError, DataError, UserError
-from vissl_like.data.dataset import build_dataset
 
 
 def request(split: str = "TRAIN", *, name: str = "", path: str = "", **options: object) -> SourceRequest:
@@ -177,8 +177,15 @@ def test_list_errors(tmp_path: Path) -> None:
     np.save(tmp_path / "numbers.npy", np.arange(3))
     np.save(tmp_path / "none.npy", np.array([], dtype=str))
     (tmp_path / "bad.npy").write_text("no array")
-    for name, text in [("objects.npy", "could run code"), ("numbers.npy", "not a list of paths"), ("none.npy", "empty"),
-                       ("bad.npy", "not a .npy file"), ("absent.npy", "no such file"), ("list.csv", "one path per line")]:  # fmt: skip
+    expected = {
+        "objects.npy": "could run code",
+        "numbers.npy": "not a list of paths",
+        "none.npy": "empty",
+        "bad.npy": "not a .npy file",
+        "absent.npy": "no such file",
+        "list.csv": "one path per line",
+    }
+    for name, text in expected.items():
         with pytest.raises(DataError, match=text):
             FilelistSource(tmp_path / name)
 
@@ -236,7 +243,7 @@ def test_embedded_digits(source: type, splits: dict[str, int], side: int, total:
         part = source.build(request(split))
         assert len(part) == count
         assert part.load(0).size == (side, side) and part.load(0).mode == "RGB"
-        assert np.bincount(part.labels).min() >= count // 10 - 2
+        assert np.bincount(part.labels).min() >= 0.95 * count / 10
         # An image counts as the same if its pixels and class are.
         seen |= {(int(label), part.load(row).tobytes()) for row, label in enumerate(part.labels)}
     assert sum(splits.values()) == total
@@ -275,7 +282,9 @@ def test_synthetic_images_can_be_told_apart() -> None:
     train = SyntheticSource(split="TRAIN", count=24, classes=3, side=24)
     test = SyntheticSource(split="TEST", count=24, classes=3, side=24)
     assert train.load(5).tobytes() == train.load(5).tobytes() != test.load(5).tobytes()
-    means = {source: [np.asarray(source.load(row), float).mean((0, 1)) for row in range(24)] for source in (train, test)}
+    means = {
+        source: [np.asarray(source.load(row), float).mean((0, 1)) for row in range(24)] for source in (train, test)
+    }
     centres = [np.mean([means[train][row] for row in range(24) if row % 3 == k], 0) for k in range(3)]
     guesses = [int(np.argmin([np.linalg.norm(mean - centre) for centre in centres])) for mean in means[test]]
     assert np.mean(np.array(guesses) == test.labels) > 0.8
@@ -287,7 +296,9 @@ def write_mnist(root: Path, *, count: int = 6) -> None:
     folder.mkdir(parents=True)
     for prefix in ("train", "t10k"):
         images = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes()
+        )
         labels = (np.arange(count) + (prefix == "t10k")).astype(np.uint8)
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
 

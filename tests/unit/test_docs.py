@@ -97,7 +97,7 @@ def test_named_recipes_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=ids)
 def test_named_options_exist(page: Path) -> None:
-    """Every `config.A.B=` of the pages is a key of the schema, but for a deliberate typo and the example of a new one."""
+    """Every `config.A.B=` of the pages is a key of the schema, but for a typo on purpose and a new one."""
     known = {"config.OPTIMIZER.NUM_EPOCH", "config.LOSS.FOCAL.GAMMA", "config.A.B"}
     for key in re.findall(r"\bconfig(?:\.[A-Z_0-9]+)+(?==)", page.read_text("utf-8")):
         assert key in known or reference.find(tuple(key.split("."))) is not None, f"{page.name}: {key}"

@@ -40,7 +40,13 @@ def values(rows: int = ROWS) -> dict[str, np.ndarray]:
 
 def prepare(folder: Path, *, dtype: str = "float32", overwrite: bool = False, **identity: object) -> bool:
     return FeatureWriter.prepare(
-        folder / "TRAIN", subject(**identity), layers=LAYERS, dtype=dtype, shard_rows=SHARD, block_rows=BLOCK, overwrite=overwrite
+        folder / "TRAIN",
+        subject(**identity),
+        layers=LAYERS,
+        dtype=dtype,
+        shard_rows=SHARD,
+        block_rows=BLOCK,
+        overwrite=overwrite,
     )
 
 
@@ -72,7 +78,9 @@ def test_rows_come_back_in_order_from_any_span(tmp_path: Path) -> None:
         assert np.array_equal(store.take(picked), flat[picked])
     assert store.paths.tolist() == subject().paths.tolist() and store.fingerprint == "f00"
     assert store.labels is not None and store.labels.tolist() == (np.arange(ROWS) % 3).tolist()
-    assert sorted(file.name for file in (tmp_path / "TRAIN" / "res4").iterdir()) == [f"shard_0000{i}.npy" for i in range(4)]
+    assert sorted(file.name for file in (tmp_path / "TRAIN" / "res4").iterdir()) == [
+        f"shard_0000{i}.npy" for i in range(4)
+    ]
     assert not (tmp_path / "TRAIN" / "done.npy").exists()
 
 
@@ -155,13 +163,17 @@ def test_unreadable_images_are_kept_in_mind(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path / "TRAIN")
     for block, (start, stop) in enumerate(writer.blocks):
         rows = np.arange(start, stop)
-        writer.write(block, {name: array[start:stop] for name, array in values().items()}, valid=~np.isin(rows, [5, 21]))
+        writer.write(
+            block, {name: array[start:stop] for name, array in values().items()}, valid=~np.isin(rows, [5, 21])
+        )
     writer.close()
     manifest = FeatureWriter.finish(tmp_path / "TRAIN")
     assert manifest["bad_rows"] == [5, 21]
     labels = FeatureStore.open(tmp_path, "TRAIN", "res4").labels
     assert labels is not None and np.flatnonzero(labels < 0).tolist() == [5, 21]
-    (tmp_path / "TRAIN" / "res4" / "shard_00000.npy").unlink()  # making that shard again forgets nothing about the others
+    (
+        tmp_path / "TRAIN" / "res4" / "shard_00000.npy"
+    ).unlink()  # making that shard again forgets nothing about the others
     prepare(tmp_path)
     write(tmp_path)
     assert FeatureWriter.finish(tmp_path / "TRAIN")["bad_rows"] == [5, 21]

@@ -45,7 +45,8 @@ def test_finds_the_blobs(backend: str, spherical: bool) -> None:
 def test_backends_start_from_the_same_rows_and_agree(spherical: bool) -> None:
     x = normalise(blobs(spread=1.0))
     results = [
-        kmeans(ArrayRows(x), k=7, iterations=12, seed=5, redo=2, spherical=spherical, backend=name) for name in ("faiss", "torch")
+        kmeans(ArrayRows(x), k=7, iterations=12, seed=5, redo=2, spherical=spherical, backend=name)
+        for name in ("faiss", "torch")
     ]
     np.testing.assert_allclose(results[0].centroids, results[1].centroids, atol=1e-5)
     np.testing.assert_allclose(results[0].objective, results[1].objective, rtol=1e-5)
@@ -109,7 +110,9 @@ def test_assignment_matches_brute_force_and_any_part() -> None:
 def test_subsample_is_seeded_ordered_and_sized(caplog: pytest.LogCaptureFixture) -> None:
     x = ArrayRows(blobs(n=600))
     caplog.set_level(logging.INFO)
-    results = [kmeans(x, k=4, iterations=5, seed=seed, max_points_per_centroid=20, backend="torch") for seed in (1, 1, 2)]
+    results = [
+        kmeans(x, k=4, iterations=5, seed=seed, max_points_per_centroid=20, backend="torch") for seed in (1, 1, 2)
+    ]
     assert [result.num_points for result in results] == [80, 80, 80]
     assert np.array_equal(results[0].centroids, results[1].centroids)
     assert not np.array_equal(results[0].centroids, results[2].centroids)

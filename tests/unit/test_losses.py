@@ -37,7 +37,7 @@ def test_one_hot_shares_equal_class_numbers() -> None:
 
 
 def test_label_beyond_the_head_names_the_numbers() -> None:
-    with pytest.raises(DataError, match="label is 12.*has 10 outputs"):
+    with pytest.raises(DataError, match=r"label is 12.*has 10 outputs"):
         cross_entropy(torch.zeros(2, 10), torch.tensor([3, 12]))
 
 

@@ -88,7 +88,8 @@ def make_run(run_dir: Path, *, engine: str = "train", **config: object) -> Path:
 
 def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "my run", SEED_VALUE=3)
-    write_json(run_dir / "plan.json", [{"key": "LR", "given": 0.1, "used": 0.2, "reason": "batch 512 / 256"}])
+    row = {"key": "LR", "given": "0.1", "used": "0.2", "reason": "batch 512 / 256"}
+    write_json(run_dir / "plan.json", {"values": {}, "rows": [row], "warnings": ["one step is dropped"]})
     write_json(run_dir / "environment.json", {"python": "3.11", "host": {"cores": 2}})
     (run_dir / "bad_images.txt").write_text("a/b.jpg\ttruncated file\n")
     page = Page(write_report(run_dir))
@@ -187,6 +188,74 @@ def test_a_pipeline_shows_its_table_and_its_stages(tmp_path: Path) -> None:
     text = " ".join(page.text)
     assert "raw <pixels>" in text and "90.5" in text and "–" in text and "One seed." in text
     assert "--share:90.5%" in page.html
+
+
+def make_clusters(run_dir: Path, *, labels: np.ndarray, images: int = 6) -> None:
+    """What cluster_features leaves for the report: three clusters of 20, 10 and 0 images."""
+    random = np.random.default_rng(0)
+    kmeans = {
+        "num_clusters": 3,
+        "rows": 30,
+        "sizes": [20, 10, 0],
+        "empty": [2],
+        "backend": "torch",
+        "objective": [3.0, 2.0],
+    }
+    write_json(run_dir / "clusters" / "kmeans.json", kmeans)
+    np.savez(
+        run_dir / "clusters" / "report.npz",
+        sizes=np.array([20, 10, 0]),
+        montage_images=random.integers(0, 255, (images, 64, 64, 3), dtype=np.uint8),
+        montage_cluster=np.array([1, 1, 0, 0, 0, 0])[:images],
+        projection=random.normal(size=(30, 2)).astype(np.float32),
+        projection_label=labels,
+        projection_cluster=np.arange(30) % 2,
+    )
+
+
+@pytest.mark.parametrize("is_labelled", [True, False])
+def test_clusters_are_shown(tmp_path: Path, is_labelled: bool) -> None:
+    run_dir = make_run(tmp_path, engine="cluster_features")
+    make_clusters(run_dir, labels=np.arange(30) % 3 if is_labelled else np.full(30, -1))
+    write_json(run_dir / "results.json", {"nmi": 46.55, "num_clusters": 3} if is_labelled else {"num_clusters": 3})
+    page = Page(write_report(run_dir))
+    text = " ".join(page.text)
+    assert "Clusters" in page.headings
+    assert "0 / 10 / 20" in text and "empty clusters" in text
+    assert ("NMI with the classes" in text) == is_labelled
+    assert ("coloured by class" in text) == is_labelled
+    sheet = Image.open(run_dir / "figures" / "cluster_montage.png")
+    assert sheet.size == (108 + 4 * 68, 2 * 68 + 4)  # two clusters, at most four images
+
+
+def test_clusters_without_images_have_no_montage(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    make_clusters(run_dir, labels=np.full(30, -1), images=0)
+    assert "Clusters" in Page(write_report(run_dir)).headings
+    assert not (run_dir / "figures" / "cluster_montage.png").exists()
+
+
+def test_evaluation_has_a_row_per_layer_and_protocol(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, engine="evaluate")
+    values = {"linear_top1_res4": 91.5, "linear_top5_res4": 99.0, "linear_total_res4": 1200, "linear_c_res4": 0.1}
+    write_json(run_dir / "results.json", values | {"knn_20_top1": 80.25, "low_shot_10_top1_res4": 70.0})
+    text = " ".join(Page(write_report(run_dir)).text)
+    assert "knn 20" in text and "linear res4" in text and "low shot 10 res4" in text
+    assert "80.2" in text and "1200" in text
+
+
+def test_weights_are_listed(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    tensor = {"status": "remapped", "model": "trunk.a", "file": "module.a", "model_shape": [3, 4], "file_shape": [3, 4]}
+    share = {"loaded": 12, "total": 12, "share": 1.0}
+    report = {"source": "w.pth", "trunk": share, "heads": {"loaded": 0, "total": 0, "share": 1.0}}
+    write_json(
+        run_dir / "weights_report.json", report | {"counts": {"remapped": 1}, "notes": ["n"], "tensors": [tensor]}
+    )
+    text = " ".join(Page(write_report(run_dir)).text)
+    assert "100.0 %" in text and "module.a" in text and "3 × 4" in text and "w.pth" in text
+    write_json(run_dir / "weights_report.json", {"source": "", "notes": []})
+    assert "Randomly initialised" in " ".join(Page(write_report(run_dir)).text)
 
 
 def test_headline_metrics_come_first_and_training_does_not() -> None:

@@ -17,17 +17,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _compose(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> Job:
-    """Composes from a table of recipes; understands `a.b=text` overrides, which is all that these tests need."""
+def _compose(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:
+    """Composes from a table of two recipes."""
     recipes = {None: {}, "supervised": {"config": {"OPTIMIZER": {"NUM_EPOCHS": 7}, "LOG_FREQUENCY": 3}}}
-    merged = _merge(_merge(defaults(), recipes[recipe]), values)
-    for override in overrides:
-        path, text = override.split("=", 1)
-        value: Any = text
-        for key in reversed(path.split(".")):
-            value = {key: value}
-        merged = _merge(merged, value)
-    return Job(**merged)
+    return Job(**_merge(_merge(_merge(defaults(), recipes[recipe]), inherited), own))
 
 
 def _pipeline(stages: list[dict[str, Any]], **config: Any) -> Job:
@@ -36,7 +29,10 @@ def _pipeline(stages: list[dict[str, Any]], **config: Any) -> Job:
 
 def test_a_stage_takes_its_recipe_then_the_pipelines_values_then_its_own(tmp_path: Path) -> None:
     job = _pipeline(
-        [{"NAME": "a", "RECIPE": "supervised", "OVERRIDES": ["config.SEED_VALUE=5"]}, {"NAME": "b", "ENGINE": "evaluate"}],
+        [
+            {"NAME": "a", "RECIPE": "supervised", "CONFIG": {"SEED_VALUE": 5}},
+            {"NAME": "b", "ENGINE": "evaluate"},
+        ],
         OPTIMIZER={"NUM_EPOCHS": 2},
         SEED_VALUE=4,
     )
@@ -53,7 +49,7 @@ def test_a_name_in_braces_is_the_folder_of_an_earlier_stage(tmp_path: Path) -> N
     job = _pipeline(
         [
             {"NAME": "teacher"},
-            {"NAME": "clusters", "OVERRIDES": ["config.MODEL.WEIGHTS_INIT.PARAMS_FILE={teacher}/weights.pth"]},
+            {"NAME": "clusters", "CONFIG": {"MODEL": {"WEIGHTS_INIT": {"PARAMS_FILE": "{teacher}/weights.pth"}}}},
         ]
     )
     _, clusters = stage_jobs(job, tmp_path, _compose)
@@ -67,7 +63,7 @@ def test_every_problem_of_every_stage_is_reported_at_once(tmp_path: Path) -> Non
             {"NAME": "teacher"},
             {"NAME": "teacher"},
             {"NAME": "a/b"},
-            {"NAME": "late", "OVERRIDES": ["config.RUN.NAME={teachr}"]},
+            {"NAME": "late", "CONFIG": {"RUN": {"NAME": "{teachr}"}}},
         ]
     )
     with pytest.raises(ConfigError) as caught:

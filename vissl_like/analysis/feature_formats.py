@@ -106,5 +106,7 @@ def _inside(path: str) -> str:
     """The path of an image as a path below a folder: without a leading slash or drive, and never leading out of it."""
     parts = [part for part in path.replace("\\", "/").replace(":", "").split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
-        raise DataError(f"{path!r}: cannot be a file name below a folder, so MAP_FEATURES_TO_IMG_NAME cannot be used here.")
+        raise DataError(
+            f"{path!r}: cannot be a file name below a folder, so MAP_FEATURES_TO_IMG_NAME cannot be used here."
+        )
     return "/".join(parts)

@@ -114,7 +114,9 @@ class FeatureWriter:
             for shard, (low, high) in enumerate(spans(self.state["rows"], self.state["shard_rows"])):
                 first, last = max(start, low), min(stop, high)
                 if first < last:
-                    self._put(self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low)
+                    self._put(
+                        self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low
+                    )
         if valid is not None:
             self._put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
         self._written.append(block)
@@ -142,7 +144,7 @@ class FeatureWriter:
     def _put(self, file: Path, array: np.ndarray, *, row: int) -> None:
         """Write rows in place. By pwrite, not through a map: a full disk is then an error and not a bus error."""
         handle, offset = self._open(file)
-        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        data = memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
         position = offset + row * (len(data) // len(array))
         try:
             while data:
@@ -184,7 +186,9 @@ class FeatureWriter:
             raise DataError(f"{folder / _PARTIAL}: missing; was the folder changed during extraction? Extract again.")
         missing = np.flatnonzero(np.load(folder / _DONE, allow_pickle=False) == 0)
         if len(missing):
-            raise DataError(f"{folder}: {len(missing)} blocks of rows were not written. Extract again; the others are kept.")
+            raise DataError(
+                f"{folder}: {len(missing)} blocks of rows were not written. Extract again; the others are kept."
+            )
         bad = np.flatnonzero(np.load(folder / _INVALID, allow_pickle=False))
         manifest = {**state, "bad_rows": bad.tolist(), "complete": True}
         _write_json(folder / MANIFEST, manifest)
@@ -359,7 +363,8 @@ class FeatureStore:
         if layer not in layers:
             hint = suggest(layer, layers) if layer else ""
             raise DataError(
-                f"config.{key}.LAYER_NAME={layer!r}: {folder / split} has no such layer{hint or '.'} Extracted: {', '.join(layers)}."
+                f"config.{key}.LAYER_NAME={layer!r}: {folder / split} has no such layer{hint or '.'} "
+                f"Extracted: {', '.join(layers)}."
             )
         return cls(folder / split, manifest, layer)
 

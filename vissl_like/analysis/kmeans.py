@@ -57,7 +57,7 @@ class Shard:
 
     rank: int = 0
     size: int = 1
-    reduce: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda total: total)
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda total: total
 
 
 ALONE = Shard()
@@ -198,7 +198,15 @@ def _by_faiss(
 
 
 def _faiss_run(
-    faiss: ModuleType, points: np.ndarray, *, k: int, iterations: int, seed: int, attempt: int, spherical: bool, gpu: bool
+    faiss: ModuleType,
+    points: np.ndarray,
+    *,
+    k: int,
+    iterations: int,
+    seed: int,
+    attempt: int,
+    spherical: bool,
+    gpu: bool,
 ) -> tuple[Any, list[float]]:
     """One run of faiss.Kmeans and its objective at each iteration."""
     found = faiss.Kmeans(

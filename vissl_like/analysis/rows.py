@@ -106,6 +106,12 @@ def normalise(block: np.ndarray) -> np.ndarray:
     return block / (np.linalg.norm(block, axis=1, keepdims=True) + np.float32(1e-5))
 
 
+def unit(block: np.ndarray) -> np.ndarray:
+    """x / ||x||_2 for each row of (b, dim); rows of zeros stay as they are."""
+    lengths = np.linalg.norm(block, axis=1, keepdims=True)
+    return block / np.where(lengths > 0, lengths, np.float32(1))
+
+
 def resident(rows: Rows, *, limit_bytes: int = 1 << 30) -> Rows:
     """The rows in memory if they take at most `limit_bytes`, so that they are not made again in each pass."""
     if 4 * len(rows) * rows.dim > limit_bytes or isinstance(rows, ArrayRows):

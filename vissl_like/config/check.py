@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from vissl_like.config import aliases, compose, reference, rules, schema
 from vissl_like.config.recipes import KeyPath, Leaf, Library, Recipe, current_library, flatten, new_library
 from vissl_like.config.schema import Job
-from vissl_like.config.spelling import FAR, nearest, nearest_paths
+from vissl_like.config.spelling import FAR, is_part, nearest, nearest_paths
 from vissl_like.errors import ConfigError
 from vissl_like.registry import load_plugins
 
@@ -92,10 +92,11 @@ def load_sweep(overrides: Sequence[str], *, config_dirs: list[str] | None = None
     return [loaded for loaded, _ in results if loaded is not None]
 
 
-def stage_job(recipe: str | None, values: dict[str, Any], overrides: Sequence[str]) -> Job:
-    """A recipe (or the defaults), `values` of a checked job over it, then overrides: one stage of a pipeline."""
+def stage_job(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:
+    """A recipe (or the defaults), `inherited` values of a checked job over it, then its `own`: a pipeline's stage."""
     named = [f"config={recipe}"] if recipe else []
-    loaded, found = _load([*named, *overrides], current_library(), between=values)
+    leaves = [Leaf(path, value, where) for path, value in flatten(own) if value != {}]
+    loaded, found = _load(named, current_library(), between=inherited, own=leaves)
     if loaded is None:
         raise ConfigError(report(found.problems))
     return loaded.job
@@ -110,7 +111,7 @@ def report(problems: Sequence[str]) -> str:
 
 
 def _load(
-    overrides: Sequence[str], library: Library, between: dict[str, Any] | None = None
+    overrides: Sequence[str], library: Library, between: dict[str, Any] | None = None, own: Sequence[Leaf] = ()
 ) -> tuple[Loaded | None, _Findings]:
     found = _Findings()
     request = compose.parse(overrides)
@@ -122,7 +123,7 @@ def _load(
     recipe, presets = _known_recipes(request, library, found)
     order = _merge_order([*([recipe] if recipe else []), *presets], library, found)
     trees = {one.name: _tree(one, found) for one in order}
-    given = accept(request.values, found)
+    given = accept([*own, *request.values], found)
     resets = [path for path in request.resets if _can_reset(path, found)]
     try:
         tree = _merged(trees, recipe, presets, library)
@@ -334,24 +335,25 @@ def _suggestions(path: KeyPath) -> list[str]:
     """Full keys that may be meant, best first: options, new names of old ones, and sections if nothing else is near."""
     while len(path) > 2 and path[-1].isdigit():
         path = path[:-1]
-    options = [entry.path for entry in reference.entries().values() if not entry.is_section]
-    sections = [
-        entry.path
-        for entry in reference.entries().values()
-        if entry.is_section and entry.path != path[: len(entry.path)]
+    above = [reference.find(path[:length]) for length in range(1, len(path))]
+    known = [entry for entry in reference.entries().values() if entry not in above]
+    ranked = nearest_paths(path, [entry.path for entry in known if not entry.is_section], limit=6)
+    ranked += [
+        (apart + 0.5, section)
+        for apart, section in nearest_paths(path, [entry.path for entry in known if entry.is_section])
     ]
-    ranked = nearest_paths(path, options)
     new_names = dict(aliases.old_names())
     old = nearest_paths(path, new_names, limit=1)
     if old and old[0][0] <= 2 and (not ranked or old[0][0] < ranked[0][0] - 0.5):
-        ranked.insert(0, (old[0][0], new_names[old[0][1]]))
-    ranked += [(apart + 1, section) for apart, section in nearest_paths(path, sections, limit=1)]
+        ranked.append((old[0][0], new_names[old[0][1]]))
+    # The right word on the wrong level is no slip of the keyboard; it beats another word on the right level.
+    ranked = [(apart - (candidate[-1].lower() == path[-1].lower()), candidate) for apart, candidate in ranked]
     ranked.sort(key=lambda one: one[0])
     if not ranked:
         return []
     best, first = ranked[0]
-    is_same_word = first[-1].lower() == path[-1].lower()
-    if best > (FAR if is_same_word else _limit(".".join(path[1:]))):
+    is_sure = first[-1].lower() == path[-1].lower() or is_part(path[-1], first[-1])
+    if best > (FAR if is_sure else _limit(".".join(path[1:]))):
         return []
     near = [".".join(candidate) for apart, candidate in ranked if apart <= best + 0.5]
     return list(dict.fromkeys(near))[: 1 if best <= 1 else 2]
@@ -359,7 +361,7 @@ def _suggestions(path: KeyPath) -> list[str]:
 
 def _limit(typed: str) -> float:
     """How far from something known this may be to count as meant."""
-    return min(FAR, 1.6 + len(typed) / 3)
+    return min(FAR, 1.1 + len(typed) / 4)
 
 
 def _can_reset(path: KeyPath, found: _Findings) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vissl_like.config import schema
-from vissl_like.config.recipes import KeyPath, Leaf, flatten
+from vissl_like.config.recipes import KeyPath, Leaf, flatten, packaged_configs
 from vissl_like.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -238,7 +239,7 @@ def merge(trees: dict[str, dict[str, Any]], *, recipe: str | None, presets: Iter
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.defaults(), package="_global_")
-    store.store(name="primary", node={"defaults": ["schema", "_self_", {"config": None}]})
+    store.store(name="primary", node=yaml.safe_load((packaged_configs() / "defaults.yaml").read_text(encoding="utf-8")))
     for name, tree in trees.items():
         group, _, option = f"config/{name}".rpartition("/")
         store.store(group=group, name=option, node=tree, package="_global_")
@@ -307,8 +308,8 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in result.items()}
 
 
-def compose_stage(recipe: str | None, values: dict[str, Any], overrides: list[str]) -> schema.Job:
-    """A stage of a pipeline: the recipe (or none), `values` over it, then the overrides. Checked; files are not."""
+def compose_stage(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> schema.Job:
+    """A stage of a pipeline: the recipe (or none), `inherited` over it, then `own`. Checked; files are not."""
     from vissl_like.config.check import stage_job
 
-    return stage_job(recipe, values, overrides)
+    return stage_job(recipe, inherited, own, where=where)

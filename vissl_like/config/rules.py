@@ -6,7 +6,6 @@ Each function returns (key, text) pairs; the text begins with the key and its va
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ Problem = tuple[str, str]
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 _DISK = ("disk_folder", "disk_filelist")
-_NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:")
+#: Values of PARAMS_FILE that are no paths.
+_NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:", "http://", "https://")
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -246,11 +246,6 @@ def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
     config = job.config
     weights = config.MODEL.WEIGHTS_INIT.PARAMS_FILE
     if weights and not weights.startswith(_NAMED_WEIGHTS):
-        if re.match(r"https?://", weights):
-            raise WeightsError(
-                f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={weights!r}: weights are not downloaded from addresses. "
-                "Fetch the file (curl -LO ADDRESS) and give its path."
-            )
         yield "config.MODEL.WEIGHTS_INIT.PARAMS_FILE", weights, "weights"
     if config.DATA.CATALOG:
         yield "config.DATA.CATALOG", config.DATA.CATALOG, "data"

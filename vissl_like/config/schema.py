@@ -17,7 +17,9 @@ class Run(Section):
     DRY_RUN: bool = option(False, "Check everything, print the plan, start nothing.")
     OVERWRITE: bool = option(False, "Start anew in a folder that holds another or a finished run.")
     NAME: str = option("", "Name for loggers. Empty: the run folder's name.")
-    PROGRESS: Literal["auto", "bar", "lines", "none"] = option("auto", "Progress on the terminal; auto: bar on a tty, else lines.")
+    PROGRESS: Literal["auto", "bar", "lines", "none"] = option(
+        "auto", "Progress on the terminal; auto: bar on a tty, else lines."
+    )
     REPORT: bool = option(True, "Write report.html at the end.")
 
 
@@ -98,8 +100,12 @@ class LowShot(Section):
 
 
 class Evaluate(Section):
-    PROTOCOLS: list[Literal["knn", "linear", "low_shot"]] = option(["knn", "linear"], "What is measured on the features.")
-    CALIBRATE_BN_BATCHES: int = option(0, "Recompute BatchNorm statistics on this many training batches first (random trunks).", ge=0)
+    PROTOCOLS: list[Literal["knn", "linear", "low_shot"]] = option(
+        ["knn", "linear"], "What is measured on the features."
+    )
+    CALIBRATE_BN_BATCHES: int = option(
+        0, "Recompute BatchNorm statistics on this many training batches first (random trunks).", ge=0
+    )
     KEEP_FEATURES: bool = option(False, "Keep the extracted features in RUN.DIR/features.")
     FEATURES_PATH: str = option("", "Evaluate these extracted features instead of extracting.")
 
@@ -108,7 +114,9 @@ class Stage(Section):
     NAME: str = option("", "Name of the stage and of its folder below RUN.DIR.")
     RECIPE: str = option("", "Recipe the stage starts from. Empty: this one's own configuration.")
     ENGINE: str = option("", "Engine. Empty: the recipe's.")
-    OVERRIDES: list[str] = option([], "Dotted overrides; {name} stands for the folder of an earlier stage.")
+    CONFIG: dict[str, Any] = option(
+        {}, "What differs in this stage; {name} in a text stands for an earlier stage's folder."
+    )
 
 
 class TableRow(Section):
@@ -136,7 +144,9 @@ class Config(Section):
     TEST_MODEL: bool = option(True, "Run the test split during training.")
     TEST_EVERY_NUM_EPOCH: int = option(1, "Epochs between tests; the last epoch is always tested.", ge=1)
     CHECK_NAN: bool = option(True, "Stop at a loss that is not finite and save a replay bundle.")
-    MULTI_PROCESSING_METHOD: Literal["fork", "spawn", "forkserver"] = option("forkserver", "How loader processes start.")
+    MULTI_PROCESSING_METHOD: Literal["fork", "spawn", "forkserver"] = option(
+        "forkserver", "How loader processes start."
+    )
     RUN: Run = group(Run, "The run folder.")
     MACHINE: Machine = group(Machine, "Device and arithmetic.")
     DISTRIBUTED: Distributed = group(Distributed, "Processes and machines.")

@@ -17,9 +17,12 @@ class Split(Section):
     DATASET_NAMES: list[str] = option([], "Name of each source: a catalog entry, a torchvision data set, or free text.")
     DATA_SOURCES: list[str] = option([], "Kind of each source (`list data_sources`). Empty: the split is not used.")
     DATA_PATHS: list[str] = option([], "Folder or .npy file list of each source. Empty: looked up in the catalog.")
-    LABEL_SOURCES: list[str] = option([], "Where labels come from: disk_folder, disk_filelist or the data source's name.")
+    LABEL_SOURCES: list[str] = option(
+        [], "Where labels come from: disk_folder, disk_filelist or the data source's name."
+    )
     LABEL_PATHS: list[str | list[str]] = option(
-        [], "A .npy label file per source (or a list of them: multi-label); tied to images by the _images.npy beside it."
+        [],
+        "A .npy label file per source (or a list of them: multi-label); tied to images by the _images.npy beside it.",
     )
     LABEL_TYPE: Literal["standard", "sample_index", "zero"] = option(
         "standard", "standard: from LABEL_SOURCES, else the folder's; sample_index: the row; zero: no labels."
@@ -45,7 +48,9 @@ class Split(Section):
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
-    CATALOG: str = option("", "JSON catalog of data sets {name: {train: [images, labels], val: [...]}}; see docs/start.md.")
+    CATALOG: str = option(
+        "", "JSON catalog of data sets {name: {train: [images, labels], val: [...]}}; see docs/start.md."
+    )
     DOWNLOAD: bool = option(False, "Let torchvision data sets download themselves.")
     MAX_BAD_FRACTION: float = option(0.01, "Share of unreadable images above which the run is an error.", ge=0, le=1)
     TRAIN: Split = group(Split, "Training split.")
@@ -67,11 +72,15 @@ class ClusterFeatures(Section):
     EXTRACT: bool = option(False, "Extract the features first, in the same run.")
     PATH: str = option("", "Folder of extracted features. Empty: RUN.DIR/features.")
     DATA_PARTITION: Literal["TRAIN", "VAL", "TEST"] = option("TRAIN", "Split whose features are clustered.")
-    TEST_PARTITION: Literal["", "TRAIN", "VAL", "TEST"] = option("TEST", "Split assigned to the same centroids; '' for none.")
+    TEST_PARTITION: Literal["", "TRAIN", "VAL", "TEST"] = option(
+        "TEST", "Split assigned to the same centroids; '' for none."
+    )
     DATASET_NAME: str = option("", "Prefix of the label files. Empty: the split's first DATASET_NAMES entry.")
     LAYER_NAME: str = option("", "Layer whose features are clustered. Empty: the only one extracted.")
     DIMENSIONALITY_REDUCTION: int = option(0, "PCA to this many dimensions before k-means; 0: none.", ge=0)
-    PCA_WHITEN: bool = option(True, "Scale the dimensions of that PCA to equal variance, as VISSL does; false: keep their variances.")
+    PCA_WHITEN: bool = option(
+        True, "Scale the dimensions of that PCA to equal variance, as VISSL does; false: keep their variances."
+    )
     STANDARDIZE: bool = option(False, "Subtract the mean and divide by the deviation of each dimension first.")
 
 

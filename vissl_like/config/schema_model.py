@@ -12,7 +12,9 @@ class ResNets(Section):
     WIDTH_MULTIPLIER: int = option(1, "Multiplies every width.", ge=1)
     WIDTH_PER_GROUP: int = option(64, "Width of each group (ResNeXt).", ge=1)
     GROUPS: int = option(1, "Groups of the 3x3 convolutions (ResNeXt).", ge=1)
-    NORM: Literal["BatchNorm", "LayerNorm", "GroupNorm"] = option("BatchNorm", "Normalisation; LayerNorm is GroupNorm with one group.")
+    NORM: Literal["BatchNorm", "LayerNorm", "GroupNorm"] = option(
+        "BatchNorm", "Normalisation; LayerNorm is GroupNorm with one group."
+    )
     GROUPNORM_GROUPS: int = option(32, "Groups of GroupNorm.", ge=1)
     ZERO_INIT_RESIDUAL: bool = option(False, "Start the last normalisation of each block at zero.")
     STANDARDIZE_CONVOLUTIONS: bool = option(False, "Standardise convolution weights.")
@@ -22,11 +24,15 @@ class ResNets(Section):
 class Trunk(Section):
     NAME: str = option("resnet", "A trunk of ours (`list trunks`), or torchvision/NAME, timm/NAME, hf/NAME.")
     RESNETS: ResNets = group(ResNets, "Options of NAME=resnet.")
-    OPTIONS: dict[str, Any] = option({}, "Arguments for the library's constructor (torchvision, timm, hf) or our trunk.")
+    OPTIONS: dict[str, Any] = option(
+        {}, "Arguments for the library's constructor (torchvision, timm, hf) or our trunk."
+    )
 
 
 class Head(Section):
-    PARAMS: list[Any] = option([["mlp", {"dims": ["auto", "auto"]}]], "One [name, options] per head; `auto` sizes are inferred.")
+    PARAMS: list[Any] = option(
+        [["mlp", {"dims": ["auto", "auto"]}]], "One [name, options] per head; `auto` sizes are inferred."
+    )
     BATCHNORM_EPS: float = option(1e-5, "Epsilon of batch normalisation in heads.", gt=0)
     BATCHNORM_MOMENTUM: float = option(0.1, "Momentum of batch normalisation in heads.", ge=0, le=1)
     PARAMS_MULTIPLIER: float = option(1.0, "Scales the initial weights of heads.", gt=0)
@@ -49,7 +55,9 @@ class RenameRule(Section):
 
 
 class WeightsInit(Section):
-    PARAMS_FILE: str = option("", "A .pth/.pt/.torch/.ckpt/.safetensors file, a run folder, timm:NAME, torchvision:NAME or hf:NAME.")
+    PARAMS_FILE: str = option(
+        "", "A .pth/.pt/.torch/.ckpt/.safetensors file, a run folder, timm:NAME, torchvision:NAME or hf:NAME."
+    )
     STATE_DICT_KEY_NAME: str | list[str] = option(
         "auto", "Key (or nested keys) of the state dict in the file; '' if the file is it; auto: found."
     )
@@ -101,7 +109,9 @@ class CrossEntropy(Section):
 
 
 class BceLogits(Section):
-    REDUCTION: Literal["mean", "sum", "none"] = option("mean", "How elements are combined; none: sum over classes, mean over images.")
+    REDUCTION: Literal["mean", "sum", "none"] = option(
+        "mean", "How elements are combined; none: sum over classes, mean over images."
+    )
 
 
 class Loss(Section):
@@ -120,9 +130,9 @@ class MeanApMeter(Section):
 
 
 class Meters(Section):
-    NAMES: list[Literal["accuracy_list_meter", "precision_at_k_list_meter", "recall_at_k_list_meter", "mean_ap_list_meter"]] = option(
-        ["accuracy_list_meter"], "Meters of training and test."
-    )
+    NAMES: list[
+        Literal["accuracy_list_meter", "precision_at_k_list_meter", "recall_at_k_list_meter", "mean_ap_list_meter"]
+    ] = option(["accuracy_list_meter"], "Meters of training and test.")
     ENABLE_TRAINING_METER: bool = option(True, "Also measure during training.")
     ACCURACY_LIST_METER: ListMeter = group(ListMeter, "Top-k accuracy in percent.")
     PRECISION_AT_K_LIST_METER: ListMeter = group(ListMeter, "Multi-label precision at k in percent.")
@@ -151,14 +161,18 @@ class Schedule(Section):
     DECAY: float = option(0.1, "exponential: the last value as a share of the first.")
     GAMMA: float = option(0.1, "step_with_fixed_gamma: factor at each step.")
     NUM_DECAYS: int = option(3, "step_with_fixed_gamma: number of steps.", ge=1)
-    WARMUP_INTERVAL_LENGTH: float = option(0.0, "inverse_sqrt: share of training at which the value is START_VALUE.", ge=0, le=1)
+    WARMUP_INTERVAL_LENGTH: float = option(
+        0.0, "inverse_sqrt: share of training at which the value is START_VALUE.", ge=0, le=1
+    )
     RESTART_INTERVAL_LENGTH: float = option(1.0, "cosine_warm_restart: share of training per cycle.", gt=0, le=1)
     WAVE_TYPE: Literal["half", "full"] = option("half", "cosine_warm_restart: half or full waves.")
     LR_MULTIPLIER: float = option(1.0, "cosine_warm_restart: factor at each restart.")
     IS_ADAPTIVE: bool = option(False, "cosine_warm_restart: peaks follow one cosine over the whole training.")
     SCHEDULERS: list[dict[str, Any]] = option([], "composite: the children, in order.")
     LENGTHS: list[float] = option([], "composite: share of training of each child; they add up to 1.")
-    INTERVAL_SCALING: list[Literal["fixed", "rescaled"]] = option([], "composite: rescaled children see 0..1 over their own span.")
+    INTERVAL_SCALING: list[Literal["fixed", "rescaled"]] = option(
+        [], "composite: rescaled children see 0..1 over their own span."
+    )
 
 
 class ParamSchedulers(Section):
@@ -196,7 +210,9 @@ class Optimizer(Section):
     OPTIONS: dict[str, Any] = option({}, "Further arguments of the optimizer's constructor.")
     REGULARIZE_BN: bool = option(False, "Weight decay on normalisation layers.")
     REGULARIZE_BIAS: bool = option(True, "Weight decay on biases.")
-    NON_REGULARIZED_PARAMETERS: list[str] = option([], "No weight decay on parameters whose name contains one of these.")
+    NON_REGULARIZED_PARAMETERS: list[str] = option(
+        [], "No weight decay on parameters whose name contains one of these."
+    )
     CONSTRUCT_SINGLE_PARAM_GROUP_ONLY: bool = option(False, "One group with the same options for everything.")
     PARAM_GROUP_CONSTRUCTOR: Literal["default", "lr_decay"] = option("default", "How parameters are grouped.")
     LAYER_WISE_LR_DECAY: LayerWiseLrDecay = group(LayerWiseLrDecay, "Options of lr_decay.")

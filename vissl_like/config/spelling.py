@@ -13,8 +13,10 @@ from functools import lru_cache
 #: Words that are further apart than this are strangers; the exact number does not matter.
 FAR = 5.0
 _CASE, _JOINER, _NEIGHBOUR = 0.1, 0.2, 0.9
-#: A level of the key that is missing or too many.
-_LEVEL = 1.6
+#: A level of the key that is missing or too many: just more than two edits.
+_LEVEL = 2.05
+#: A word that is part of another, such as EPOCHS of NUM_EPOCHS: more than two edits too.
+_PART = 2.5
 
 _ROWS = ("1234567890-", "qwertyuiop", "asdfghjkl", "zxcvbnm")
 
@@ -94,12 +96,12 @@ def nearest_paths(path: Sequence[str], known: Iterable[Path], *, limit: int = 3)
     """
     typed = tuple(path)
     scored = []
-    for candidate in known:
+    for place, candidate in enumerate(known):
         apart = _path_distance(typed, candidate)
         if apart < FAR + _LEVEL:
-            scored.append((apart, _shape_penalty(typed, candidate), candidate))
+            scored.append((apart, *_shape_difference(typed, candidate), place, candidate))
     scored.sort()
-    return [(apart, _with_indices(typed, candidate)) for apart, _, candidate in scored[:limit]]
+    return [(one[0], _with_indices(typed, one[-1])) for one in scored[:limit]]
 
 
 def _component_distance(typed: str, known: str) -> float:
@@ -107,9 +109,15 @@ def _component_distance(typed: str, known: str) -> float:
         return 0.0 if typed.isdigit() else FAR
     apart = distance(typed, known)
     longest = max(len(typed), len(known))
-    if 1 < longest <= apart < FAR:  # no letter in common
+    if longest > 1 and longest - 0.5 <= apart < FAR:  # no letter in common
         return min(FAR, apart + 1.5)
-    return apart
+    return _PART if apart > _PART and is_part(typed, known) else apart
+
+
+def is_part(typed: str, known: str) -> bool:
+    """Whether one word is contained in the other, whatever the case and the underscores."""
+    short, long = sorted((typed.lower().replace("_", ""), known.lower().replace("_", "")), key=len)
+    return len(short) >= 5 and short in long
 
 
 def _path_distance(typed: Path, known: Path) -> float:
@@ -140,9 +148,9 @@ def _joined_distance(typed: Path, known: Path) -> float:
     return distance(a, b) if abs(len(a) - len(b)) <= 2 else FAR + _LEVEL
 
 
-def _shape_penalty(typed: Path, known: Path) -> tuple[int, int, str]:
-    """Breaks ties: the same number of levels, a last word of about the same length, then the alphabet."""
-    return abs(len(typed) - len(known)), abs(len(typed[-1]) - len(known[-1])), ".".join(known)
+def _shape_difference(typed: Path, known: Path) -> tuple[int, int]:
+    """Breaks ties before the given order does: the same number of levels, then a last word of about the same length."""
+    return abs(len(typed) - len(known)), abs(len(typed[-1]) - len(known[-1]))
 
 
 def _with_indices(typed: Path, known: Path) -> Path:

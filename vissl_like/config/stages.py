@@ -1,16 +1,15 @@
 """The stages of a pipeline as jobs of their own, all composed and checked before the first one starts.
 
 A stage starts from its RECIPE (or from the pipeline's own page), takes over whatever the pipeline's page and command
-line set outside PIPELINE, and then applies its own OVERRIDES, in which {name} stands for the folder of an earlier stage.
+line set outside PIPELINE, and then applies its own CONFIG, in whose texts {name} stands for an earlier stage's folder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vissl_like.config.schema import Job, Stage, defaults
 from vissl_like.errors import ConfigError
@@ -28,12 +27,13 @@ class StageJob:
     job: Job
     run_dir: Path
     recipe: str
-    overrides: tuple[str, ...]
     needs: tuple[str, ...]
 
 
-#: (recipe or None, values that go over it, overrides) -> Job; config.compose has the real one.
-Compose = Callable[[str | None, dict[str, Any], list[str]], Job]
+class Compose(Protocol):
+    """config.compose.compose_stage: the recipe (or none), inherited values over it, then the stage's own."""
+
+    def __call__(self, recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job: ...
 
 
 def stage_jobs(job: Job, run_dir: Path, compose: Compose) -> list[StageJob]:
@@ -48,7 +48,7 @@ def stage_jobs(job: Job, run_dir: Path, compose: Compose) -> list[StageJob]:
             result.append(_stage_job(stage, inherited, run_dir / stage.NAME, earlier, compose))
         except ConfigError as error:
             problems.append(f"stage {stage.NAME!r}: {error}")
-            result.append(StageJob(stage.NAME, job, run_dir / stage.NAME, stage.RECIPE, (), ()))
+            result.append(StageJob(stage.NAME, job, run_dir / stage.NAME, stage.RECIPE, ()))
     if problems:
         raise ConfigError("\n".join(problems))
     return result
@@ -57,32 +57,40 @@ def stage_jobs(job: Job, run_dir: Path, compose: Compose) -> list[StageJob]:
 def _stage_job(
     stage: Stage, inherited: dict[str, Any], run_dir: Path, earlier: dict[str, Path], compose: Compose
 ) -> StageJob:
-    overrides = [_fill(text, earlier) for text in stage.OVERRIDES]
-    engine = [f"engine_name={stage.ENGINE}"] if stage.ENGINE else []
-    composed = compose(stage.RECIPE or None, inherited, engine + overrides)
+    needs: dict[str, None] = {}
+    own = {"config": _fill(stage.CONFIG, earlier, needs)}
+    if stage.ENGINE:
+        own["engine_name"] = stage.ENGINE
+    composed = compose(stage.RECIPE or None, inherited, own, where=f"stage {stage.NAME}")
     if composed.engine_name == "pipeline":
         raise ConfigError("a stage cannot be a pipeline itself; list its stages here, or set ENGINE.")
     run = composed.config.RUN.model_copy(update={"DIR": str(run_dir)})
     pipeline = type(composed.config.PIPELINE)()
     config = composed.config.model_copy(update={"RUN": run, "PIPELINE": pipeline})
-    needs = tuple(dict.fromkeys(name for text in stage.OVERRIDES for name in _PLACEHOLDER.findall(text)))
-    return StageJob(
-        stage.NAME, composed.model_copy(update={"config": config}), run_dir, stage.RECIPE, tuple(overrides), needs
-    )
+    job = composed.model_copy(update={"config": config})
+    return StageJob(stage.NAME, job, run_dir, stage.RECIPE, tuple(needs))
 
 
-def _fill(text: str, folders: dict[str, Path]) -> str:
-    """`text` with each {name} replaced by that stage's folder, quoted for the override grammar."""
+def _fill(value: Any, folders: dict[str, Path], needs: dict[str, None]) -> Any:
+    """`value` with each {name} in its texts replaced by that stage's folder; the names met are added to `needs`."""
+    if isinstance(value, dict):
+        return {key: _fill(inner, folders, needs) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill(inner, folders, needs) for inner in value]
+    if not isinstance(value, str):
+        return value
 
     def folder(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in folders:
+            known = ", ".join(folders) or "none"
             raise ConfigError(
-                f"{text!r}: {{{name}}} is no earlier stage{suggest(name, list(folders))} Earlier: {', '.join(folders) or 'none'}."
+                f"{value!r}: {match.group()} is no earlier stage{suggest(name, list(folders))} Earlier: {known}."
             )
+        needs[name] = None
         return str(folders[name])
 
-    return _PLACEHOLDER.sub(folder, text)
+    return _PLACEHOLDER.sub(folder, value)
 
 
 def _name_problems(stages: list[Stage]) -> list[str]:

@@ -109,8 +109,8 @@ def mark_best(run_dir: Path, step: int) -> None:
 def newest(run_dir: Path) -> Saved | None:
     """The newest save whose files are all as written; None if there is none at all.
 
-    Damaged ones are logged and passed over. If only damaged ones are there, it is an error: nothing is trained anew over
-    the remains of a long run.
+    Damaged ones are logged and passed over. If only damaged ones are there, it is an error: nothing is trained anew
+    over the remains of a long run.
     """
     steps = saved_steps(run_dir)
     for step in reversed(steps):
@@ -271,6 +271,6 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / 1e6
         raise DataError(
-            f"{folder}: no room to save a checkpoint ({error.strerror}; {free:.0f} MB free). The older ones are intact. "
-            "Free some space, or lower config.CHECKPOINT.KEEP, and start the same command again."
+            f"{folder}: no room to save a checkpoint ({error.strerror}; {free:.0f} MB free). The older ones are "
+            "intact. Free some space, or lower config.CHECKPOINT.KEEP, and start the same command again."
         ) from error

@@ -42,10 +42,10 @@ def is_main() -> bool:
 
 
 def start(*, device: str = "cpu", backend: str = "auto", timeout_s: int = 1800) -> World:
-    """Join the processes that the environment names (RANK, WORLD_SIZE, ...: torch elastic, torchrun); alone without one.
+    """Join the processes that the environment names (RANK, WORLD_SIZE, ... of torch elastic or torchrun), if it does.
 
-    `device` is cpu or gpu. On GPUs CPU tensors travel by gloo and GPU tensors by nccl, so that counts and objects never
-    need a GPU.
+    `device` is cpu or gpu. On GPUs CPU tensors travel by gloo and GPU tensors by nccl, so that counts and objects
+    never need a GPU.
     """
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,7 +68,9 @@ def _pick_device(device: str, *, local_rank: int, local_size: int) -> torch.devi
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("config.MACHINE.DEVICE='gpu': this machine shows no GPU to PyTorch. Use cpu, or mend the driver.")
+        raise ConfigError(
+            "config.MACHINE.DEVICE='gpu': this machine shows no GPU to PyTorch. Use cpu, or mend the driver."
+        )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local_size}: this machine has {torch.cuda.device_count()} GPUs; "

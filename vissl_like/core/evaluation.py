@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vissl_like.analysis.rows import each
 from vissl_like.core import distributed, parallel, rng
 from vissl_like.errors import DataError
 
@@ -23,17 +27,23 @@ class Task(Protocol):
     """What a method offers to the loop. It is an nn.Module; calling it is the training step."""
 
     model: nn.Module
+    #: Whether predict() draws random numbers; if so, batches of a test are computed one after the other.
+    draws_in_test: bool
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """{"loss": ()} and further scalars to log, each a mean over the batch."""
         ...
 
-    def eval_step(self, batch: Mapping[str, Any]) -> Tensor:
-        """Count a batch of the test; returns its mean loss, ()."""
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """What a batch of the test gives, without side effects. `model` is self.model or a replica of it."""
+        ...
+
+    def score(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Count what predict() gave; returns the batch's mean loss, ()."""
         ...
 
     def test_metrics(self, prefix: str) -> dict[str, float]:
-        """What eval_step() counted, over all ranks; starts counting anew."""
+        """What score() counted, over all ranks; starts counting anew."""
         ...
 
     def train_metrics(self, prefix: str) -> dict[str, float]:
@@ -95,22 +105,36 @@ def evaluate(
 ) -> dict[str, float] | None:
     """{prefix_loss, prefix_<measure>, ...} over this rank's batches and those of all others; None if interrupted.
 
-    Batches do not depend on the number of ranks, counts are whole numbers and losses are summed exactly, so neither do
-    the results. Rows that are not `valid` (unreadable images) do not count.
+    Batches do not depend on the number of ranks, each is computed by one thread (several at once on a CPU), counts are
+    whole numbers and losses are summed exactly: so neither processes nor threads change a bit of the results. Rows that
+    are not `valid` (unreadable images) do not count.
     """
     parallel.share_buffers(task.model)
     task.eval()
+    on_cpu = distributed.current().device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu and not task.draws_in_test else 1
+    own = threading.local()
+
+    def compute(batch: Batch) -> tuple[Batch, Any] | None:
+        kept = _valid_rows(batch)
+        if not len(kept["index"]):
+            return None
+        if not hasattr(own, "model"):
+            own.model = task.model if threads <= 1 else replica(task.model)
+        if task.draws_in_test:
+            rng.seed_step(seed, int(kept["index"][0]), 0)  # what is drawn follows from the rows
+        with torch.inference_mode(), arithmetic.autocast():
+            inputs = arithmetic.to_device(kept, to_input)
+            return inputs, task.predict(own.model, inputs)
+
     losses: list[Tensor] = []
     rows: list[int] = []
-    with torch.inference_mode():
-        for batch in _until(interrupted, batches):
-            kept = _valid_rows(batch)
-            if not len(kept["index"]):
-                continue
-            rng.seed_step(seed, int(kept["index"][0]), 0)  # what a model draws in a test follows from the rows
-            with arithmetic.autocast():
-                losses.append(task.eval_step(arithmetic.to_device(kept, to_input)).detach())
-            rows.append(len(kept["index"]))
+    for found in each(compute, _until(interrupted, batches), threads=threads):
+        if found is not None:
+            inputs, outputs = found
+            with torch.inference_mode():
+                losses.append(task.score(outputs, inputs).detach())
+            rows.append(len(inputs["index"]))
     if any(distributed.all_gather_object(interrupted())):
         task.test_metrics(prefix)
         return None
@@ -122,8 +146,13 @@ def evaluate(
     return {f"{prefix}_loss": loss, **task.test_metrics(prefix)}
 
 
+def replica(model: nn.Module) -> nn.Module:
+    """The same modules once more with the same tensors, for another thread: a trunk hooks its modules during a pass."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
 def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches until the run is asked to stop: a signal to the whole process group also ends the loader's workers."""
+    """The batches until the run is asked to stop. A signal to the whole process group also ends the loader's workers."""
     try:
         for batch in batches:
             if interrupted():

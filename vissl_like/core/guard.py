@@ -1,4 +1,4 @@
-"""Losses and weights that are not finite: noticed before they are used, with what it takes to look at the case again."""
+"""Losses and weights that are not finite: noticed before they are used, and kept so that one can look into the case."""
 
 from __future__ import annotations
 
@@ -56,17 +56,18 @@ class FiniteGuard:
         if bad is None:
             return
         loss = self._losses[bad].item()
-        folder = save_replay(self._run_dir, micro_batches[bad], model, info={**where, "loss": str(loss), "micro_batch": bad})
+        info = {**where, "loss": str(loss), "micro_batch": bad}
+        folder = save_replay(self._run_dir, micro_batches[bad], model, info=info)
         raise UserError(
-            f"the loss is {loss} in step {where['step']} (epoch {where['epoch']}). The weights were not changed by it, and "
-            f"earlier checkpoints are intact. The batch and the weights lie in {folder}. Lower "
+            f"the loss is {loss} in step {where['step']} (epoch {where['epoch']}). The weights were not changed by it, "
+            f"and earlier checkpoints are intact. The batch and the weights lie in {folder}. Lower "
             "config.OPTIMIZER.PARAM_SCHEDULERS.LR, set config.MODEL.GRAD_CLIP.USE_GRAD_CLIP=true or "
             "config.MACHINE.PRECISION=fp32; config.CHECK_NAN=false goes on regardless."
         )
 
 
 def save_replay(run_dir: Path, batch: Mapping[str, Any], model: nn.Module, *, info: Mapping[str, Any]) -> Path:
-    """Write batch.safetensors, model.safetensors and info.json to RUN.DIR/replay/step_N (other ranks: step_N_rank_R)."""
+    """Write batch.safetensors, model.safetensors, info.json to RUN.DIR/replay/step_N (other ranks: step_N_rank_R)."""
     world = distributed.current()
     folder = run_dir / FOLDER / (f"step_{info['step']}" + (f"_rank_{world.rank}" if world.rank else ""))
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@
     update              weights, then their average
     keep_books          log, save, notice a request to stop
 
-Everything random follows from (seed, step), and everything else that outlives a step is in the checkpoint: a run that is
-interrupted anywhere and started again ends in the same weights, bit for bit on a CPU.
+Everything random follows from (seed, step), and everything else that outlives a step is in the checkpoint: a run that
+is interrupted anywhere and started again ends in the same weights, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Training:
         self.end_epoch()
 
     def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of a step. Taken before the seeds are set: loading must not disturb what the model draws."""
+        """The micro-batches of a step. They come before the seeds: loading must not disturb what the model draws."""
         began = time.perf_counter()
         try:
             micro_batches = [next(batches) for _ in range(self.options.accumulate)]
@@ -200,11 +200,12 @@ class Training:
                 if is_last and self.guard is not None:
                     self.guard.look(losses)
                 share = float(batch["weight"]) / len(micro_batches)  # `weight` stays on the host
-                loss = values["loss"] * share
+                loss = values["loss"] if share == 1.0 else values["loss"] * share
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self.count(values, share=share, rows=len(batch["index"]))
         if self.guard is not None:
-            where = {"step": self.step + 1, "epoch": self.step // self.options.steps_per_epoch, "seed": self.options.seed}
+            epoch = self.step // self.options.steps_per_epoch
+            where = {"step": self.step + 1, "epoch": epoch, "seed": self.options.seed}
             self.guard.check(micro_batches, self.model, where=where)
 
     def clip(self) -> Tensor | None:
@@ -244,7 +245,7 @@ class Training:
     # ------------------------------------------------------------------------------------------------------- the books
     def count(self, values: Mapping[str, Tensor], *, share: float, rows: int) -> None:
         """Add a micro-batch to the running sums, on the device."""
-        self.loss_sum += values["loss"].detach().double() * rows
+        self.loss_sum.add_(values["loss"].detach(), alpha=rows)
         self.rows += rows
         self.window.rows += rows
         if self.line is not None:
@@ -442,4 +443,3 @@ class Training:
                 "(config.DATA.TRAIN.BATCHSIZE_PER_REPLICA, config.OPTIMIZER.ACCUMULATE_STEPS), or set "
                 "config.RUN.OVERWRITE=true to start anew."
             )
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,6 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vissl_like.core import distributed
 from vissl_like.errors import ConfigError
+
+#: The argument that decides about buffers at each step; newer versions of PyTorch call it otherwise.
+_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 def synchronise_norms(model: nn.Module, *, group_size: int) -> nn.Module:
@@ -25,7 +33,8 @@ def synchronise_norms(model: nn.Module, *, group_size: int) -> nn.Module:
     size = {-1: world.local_size, 0: world.size}.get(group_size, min(group_size, world.size))
     if world.size % size:
         raise ConfigError(
-            f"config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE={group_size}: {world.size} processes cannot be split into groups of {size}."
+            f"config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE={group_size}: {world.size} processes cannot be split into groups "
+            f"of {size}."
         )
     group = None if size == world.size else dist.new_subgroups(group_size=size)[0]
     return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group=group)
@@ -39,9 +48,9 @@ def wrap_for_gradients(task: nn.Module, *, broadcast_buffers: bool, bucket_cap_m
     return DistributedDataParallel(
         task,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=broadcast_buffers,
         bucket_cap_mb=bucket_cap_mb,
         gradient_as_bucket_view=True,
+        **{_BUFFERS: broadcast_buffers},
     )
 
 

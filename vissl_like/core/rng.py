@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -25,7 +26,7 @@ _scoped_numpy = np.random.MT19937(0)
 
 
 def _splitmix64(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit changes each output bit half of the time."""
+    """One output of splitmix64 (Steele, Lea, Flood 2014): an input bit changes each output bit half of the time."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -71,14 +72,14 @@ def sample_scope(seed: int, epoch: int, sample_id: int, view: int = 0) -> Iterat
     """
     before_torch, before_python = torch.get_rng_state(), random.getstate()
     # Numpy gets another generator for the time being: copying its state out and in takes 0.1 ms.
-    before_numpy = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.MT19937(0) if before_numpy is _scoped_numpy else _scoped_numpy)
+    before_numpy = mtrand.get_bit_generator()
+    mtrand.set_bit_generator(np.random.MT19937(0) if before_numpy is _scoped_numpy else _scoped_numpy)
     _seed_globals(mix(_SAMPLE, seed, epoch, sample_id, view))
     try:
         yield
     finally:
         torch.set_rng_state(before_torch)
-        np.random.set_bit_generator(before_numpy)
+        mtrand.set_bit_generator(before_numpy)
         random.setstate(before_python)
 
 
@@ -99,7 +100,7 @@ def seed_model(seed: int) -> None:
 
 
 def set_determinism(wanted: bool) -> None:
-    """Use only kernels that give the same bits each time (GPU; slower). Has to be called before the GPU is first used."""
+    """Use only kernels that give the same bits each time (GPU; slower). To be called before the GPU is first used."""
     if not wanted:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (cluster managers, preemption) become a flag that the loop reads at each step."""
+"""Being asked to stop: SIGTERM and SIGUSR1 (cluster managers, preemption) become a flag that the loop reads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Files of a checkpoint: nested Python state as JSON plus safetensors, written to the disk with a checksum.
 
-The writer of safetensors is our own: it sends one tensor after the other to the file, takes the checksum on the way, and
-reports a full disk as the OSError that it is. The files are those of the safetensors format.
+The writer of safetensors is our own: it sends one tensor after the other to the file, takes the checksum on the way,
+and reports a full disk as the OSError that it is. The files are those of the safetensors format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHUNK = 1 << 24
 
 
 def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Nested dicts, lists and tuples of numbers, texts, None and tensors -> (what JSON can hold, the tensors by name)."""
+    """Nested dicts, lists and tuples of numbers, texts, None and tensors -> (what JSON can hold, tensors by name)."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:
@@ -47,7 +47,8 @@ def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
             return {_TUPLE: items} if isinstance(value, tuple) else items
         if value is None or isinstance(value, str | bool | int | float):
             return value
-        raise TypeError(f"the training state holds {name or 'an entry'} of {type(value).__name__}, which has no plain form")
+        kind = type(value).__name__
+        raise TypeError(f"the training state holds {name or 'an entry'} of {kind}, which has no plain form")
 
     return walk(state, ""), tensors
 

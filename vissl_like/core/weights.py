@@ -1,8 +1,8 @@
 """Initial weights of a model from any published file: read, rename, check, copy, report.
 
 Nothing is loaded silently wrong. Order, as in VISSL: STATE_DICT_KEY_NAME, PRESET and RENAME, REMOVE_PREFIX,
-APPEND_PREFIX, base_model, then SKIP_LAYERS while copying. Differs from VISSL: both documented prefixes work in both modes,
-every ViT's position table is resampled, and fewer than MIN_LOADED of the trunk's parameters are an error that names the
+APPEND_PREFIX, base_model, then SKIP_LAYERS while copying. Differs from VISSL: both documented prefixes work in both
+modes, every ViT's position table is resampled, and fewer than MIN_LOADED of the trunk's parameters are an error that names the
 right prefix.
 """
 
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vissl_like.config.schema_model import FeatureEval, WeightsInit
-from vissl_like.core.weights_files import WeightsFile, open_weights, read_state_dict
+from vissl_like.core.weights_files import WeightsFile, open_weights
 from vissl_like.core.weights_plan import (
     FILLED,
     LoadPlan,
@@ -43,7 +44,7 @@ __all__ = ["WeightsReport", "fingerprint", "load_initial_weights", "plan_loading
 
 log = logging.getLogger(__name__)
 #: Names per status that the text report prints.
-LISTED = 12
+LISTED = 6
 EXTRACTION_KEY = "config.MODEL.FEATURE_EVAL_SETTINGS"
 
 
@@ -124,6 +125,19 @@ def state_shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
+def read_state_dict(path: str | Path, *, key_name: str | list[str] = "auto") -> dict[str, Tensor]:
+    """Tensors by name of a weights file or folder; files that need code to load are refused."""
+    return open_weights(str(path), key_name=key_name).tensors
+
+
+def _unpickle(path: Path) -> Any:
+    """The one place that runs what a file brings along: for ALLOW_UNSAFE alone."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # a foreign pickle can raise anything
+        raise WeightsError(f"{KEY}.PARAMS_FILE={str(path)!r}: cannot be unpickled here ({error}).") from error
+
+
 def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval: FeatureEval) -> WeightsReport:
     """Fill the model from PARAMS_FILE and report; raises WeightsError, before anything is copied, if it does not fit.
 
@@ -138,7 +152,8 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
         return WeightsReport(
             "", nothing.rows, nothing.trunk, nothing.heads, notes=note if frozen and has_parameters else ()
         )
-    file = open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), allow_unsafe=options.ALLOW_UNSAFE)
+    unpickle = _unpickle if options.ALLOW_UNSAFE else None
+    file = open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), unpickle=unpickle)
     rules = rules_of(options, default_append=BLOCKS if file.library else "")
     notes = list(file.notes)
     if file.is_classy and (rules.remove or rules.append):
@@ -213,7 +228,7 @@ class _Loading:
 
     def _converted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the model's names by way of timm's filter, which comes between REMOVE and APPEND_PREFIX."""
-        trunk = getattr(self.model, "trunk", None)
+        trunk: Any = getattr(self.model, "trunk", None)
         if getattr(getattr(trunk, "adapter", None), "library", "") != "timm":
             return {}
         convert = getattr(sys.modules[type(trunk.backbone).__module__], "checkpoint_filter_fn", None)
@@ -311,15 +326,16 @@ def _some(rows: list[Row]) -> str:
 
 def _warnings(plan: LoadPlan) -> list[str]:
     """What is not an error, but would change results."""
-    statistics = [
-        row.model_key for row in plan.of(Status.MISSING) if row.model_key.endswith(("running_mean", "running_var"))
-    ]
-    trunk = [key for key in statistics if not key.startswith(HEADS)]
-    return (
-        [f"{len(trunk)} running statistics of the trunk are not in the file: evaluation would use initial ones"]
-        if trunk
-        else []
-    )
+    missing = [row.model_key for row in plan.of(Status.MISSING) if not row.model_key.startswith(HEADS)]
+    statistics = [key for key in missing if key.endswith(("running_mean", "running_var"))]
+    notes = []
+    if len(missing) > len(statistics):
+        notes.append(f"{len(missing) - len(statistics)} tensors of the trunk are not in the file and stay random")
+    if statistics:
+        notes.append(
+            f"{len(statistics)} running statistics of the trunk are not in the file: evaluation would use initial ones"
+        )
+    return notes
 
 
 def _fitted(value: Tensor, row: Row, *, grid: tuple[int, int] | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -62,50 +63,63 @@ class WeightsFile:
     is_classy: bool = False
 
 
-def open_weights(source: str, *, key_name: str | list[str] = "auto", allow_unsafe: bool = False) -> WeightsFile:
-    """Read PARAMS_FILE: a file, a run or checkpoint folder, a folder of transformers, http(s)://, or LIBRARY:NAME."""
+def open_weights(
+    source: str, *, key_name: str | list[str] = "auto", unpickle: Callable[[Path], Any] | None = None
+) -> WeightsFile:
+    """Read PARAMS_FILE: a file, a run or checkpoint folder, a folder of transformers, http(s)://, or LIBRARY:NAME.
+
+    unpickle: what reads a file that needs code to load; None: such files are refused.
+    """
     library, _, name = source.partition(":")
     if library in LIBRARIES and name and not Path(source).exists():
         return WeightsFile(source=source, tensors=_named(library, name), library=library)
     if source.startswith(("http://", "https://")):
-        return _in_file(fetch(source), source=source, key_name=key_name, allow_unsafe=allow_unsafe)
+        return _in_file(fetch(source), source=source, key_name=key_name, unpickle=unpickle)
     path = Path(source).expanduser()
     if not path.exists():
         raise WeightsError(f"{KEY}.PARAMS_FILE={source!r}: there is no such file or folder ({path.absolute()}).")
     if path.is_dir():
-        return _in_folder(path, source=source, key_name=key_name, allow_unsafe=allow_unsafe)
-    return _in_file(path, source=source, key_name=key_name, allow_unsafe=allow_unsafe)
+        return _in_folder(path, source=source, key_name=key_name, unpickle=unpickle)
+    return _in_file(path, source=source, key_name=key_name, unpickle=unpickle)
 
 
-def read_state_dict(
-    path: str | Path, *, key_name: str | list[str] = "auto", allow_unsafe: bool = False
-) -> dict[str, Tensor]:
-    """Tensors by name of a weights file or folder."""
-    return open_weights(str(path), key_name=key_name, allow_unsafe=allow_unsafe).tensors
-
-
-def _in_folder(path: Path, *, source: str, key_name: str | list[str], allow_unsafe: bool) -> WeightsFile:
+def _in_folder(
+    path: Path, *, source: str, key_name: str | list[str], unpickle: Callable[[Path], Any] | None
+) -> WeightsFile:
     if (path / checkpoint.FOLDER).is_dir() or path.name == checkpoint.FOLDER or (path / checkpoint.MANIFEST).exists():
         return WeightsFile(source=source, tensors=checkpoint.load_model_state(path))
+    if _is_transformers(path):
+        # Its files have older names than its models: only the library itself knows how they go together.
+        return WeightsFile(source=source, tensors=_named("hf", str(path)), library="hf")
     for name in FOLDER_FILES:
         if (path / name).is_file():
-            return _in_file(path / name, source=source, key_name=key_name, allow_unsafe=allow_unsafe)
+            return _in_file(path / name, source=source, key_name=key_name, unpickle=unpickle)
     raise WeightsError(
         f"{KEY}.PARAMS_FILE={source!r}: this folder holds no weights: neither {checkpoint.FOLDER}/ of a run nor one of"
         f" {', '.join(FOLDER_FILES)}."
     )
 
 
-def _in_file(path: Path, *, source: str, key_name: str | list[str], allow_unsafe: bool) -> WeightsFile:
-    content = read_content(path, allow_unsafe=allow_unsafe)
+def _in_file(
+    path: Path, *, source: str, key_name: str | list[str], unpickle: Callable[[Path], Any] | None
+) -> WeightsFile:
+    content = read_content(path, unpickle=unpickle)
     return find_state_dict(content, key_name=key_name, source=source)
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether transformers wrote this folder."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 # --- one file -------------------------------------------------------------------------------------------------------
 
 
-def read_content(path: Path, *, allow_unsafe: bool = False) -> Any:
-    """Whatever one file holds. Nothing is unpickled that could run code, unless allow_unsafe."""
+def read_content(path: Path, *, unpickle: Callable[[Path], Any] | None = None) -> Any:
+    """Whatever one file holds. Nothing that could run code is unpickled, unless `unpickle`, which may, is given."""
     if not path.is_file():
         raise WeightsError(f"{KEY}.PARAMS_FILE={str(path)!r}: not a file.")
     if path.stat().st_size == 0:
@@ -119,7 +133,7 @@ def read_content(path: Path, *, allow_unsafe: bool = False) -> Any:
         refused = _refused(error)
         if refused is None:
             raise _torn(path, error) from error
-        if not allow_unsafe:
+        if unpickle is None:
             raise WeightsError(
                 f"{KEY}.PARAMS_FILE={str(path)!r}: needs code to load, which could do anything ({refused}). Ask for a"
                 " plain state dict (torch.save(model.state_dict(), ...)) or a .safetensors file; only if you trust its"
@@ -128,7 +142,7 @@ def read_content(path: Path, *, allow_unsafe: bool = False) -> Any:
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise _torn(path, error) from error
     log.warning("%s: loading a pickle that runs code, because ALLOW_UNSAFE is set", path)
-    return _read_unsafe(path)
+    return unpickle(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -139,13 +153,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise _torn(path, error) from error
-
-
-def _read_unsafe(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # a foreign pickle can raise anything
-        raise WeightsError(f"{KEY}.PARAMS_FILE={str(path)!r}: cannot be unpickled here ({error}).") from error
 
 
 def _harmless() -> list[Any]:
@@ -189,6 +196,11 @@ def find_state_dict(content: Any, *, key_name: str | list[str] = "auto", source:
         kind = type(content).__name__
         cure = " Save its state_dict() instead." if isinstance(content, torch.nn.Module) else ""
         raise WeightsError(f"{where}: holds a {kind}, not a dictionary of tensors.{cure}")
+    if content.get("type") in ("shard_list", "slice_list"):
+        raise WeightsError(
+            f"{where}: is the index of a VISSL checkpoint in pieces ({content['type']}). Make one file of it with VISSL's"
+            " convert_sharded_checkpoint script first."
+        )
     if key_name == "auto":
         path, notes = _auto_path(content)
     else:
@@ -324,8 +336,15 @@ def _timm(name: str) -> dict[str, Tensor]:
 
 def _hf(name: str) -> dict[str, Tensor]:
     from transformers import AutoModel
+    from transformers.utils import logging as library_logging
 
-    return dict(AutoModel.from_pretrained(name, trust_remote_code=False).state_dict())
+    shown = library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()
+    try:
+        return dict(AutoModel.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False).state_dict())
+    finally:
+        if shown:
+            library_logging.enable_progress_bar()
 
 
 LIBRARIES: dict[str, Callable[[str], dict[str, Tensor]]] = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}

@@ -58,7 +58,7 @@ class Share:
         return self.loaded / self.total if self.total else 1.0
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % of {self.total:,} parameters"
+        return f"{100 * self.value:.1f} % of {self.total:,} parameters" if self.total else "no parameters to load"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ batch, so that the user sees one message instead of a worker's traceback.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,9 +82,41 @@ def eval_batches(
     yield from _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
 
 
+def row_batches(
+    dataset: ImageDataset,
+    rows: Sequence[np.ndarray],
+    *,
+    workers: int = 0,
+    method: str = "forkserver",
+    pin_memory: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One batch for each array of rows, in order; randomness as in epoch 0. No weight."""
+    requests = [(0, np.asarray(of_batch)) for of_batch in rows]
+    yield from _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
+
+
+def worker_died(error: BaseException, *, while_reading: bool = False) -> DataError | None:
+    """What an error that comes of the sudden end of a loader process means for the user; None for any other error.
+
+    PyTorch raises in whatever the main thread is doing when the process ends, so whoever shows errors should ask here.
+    `while_reading`: the error came out of the loader itself, where a broken connection means the same.
+    """
+    text = str(error)
+    is_noticed = "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text)
+    is_broken = while_reading and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    if not is_broken and not (isinstance(error, RuntimeError) and is_noticed):
+        return None
+    return DataError(
+        f"A loader process ended by itself ({text.splitlines()[0] if text else type(error).__name__}). Most often memory "
+        "ran out (also of /dev/shm, where batches pass through): lower config.DATA.NUM_DATALOADER_WORKERS; 0 loads in "
+        "the main process."
+    )
+
+
 def close_workers(dataset: ImageDataset) -> None:
     """End the worker processes of a dataset now instead of when it is no longer used."""
-    dataset.loaders.clear()
+    while dataset.loaders:
+        dataset.loaders.popitem()[1].close()
 
 
 # -------------------------------------------------------------------------------------------- fetching
@@ -144,7 +176,18 @@ def _fetch(
             yield _finished(dataset, reader[request], pin_memory=pin_memory)
         return
     pool = _pool_of(dataset, workers=workers, method=method, pin_memory=pin_memory)
-    yield from (_finished(dataset, answer) for answer in pool.answers(requests))
+    try:
+        for answer in pool.answers(requests):
+            yield _finished(dataset, answer)
+    except Exception as error:
+        dataset.loaders.pop((workers, method, pin_memory), None)
+        clear = worker_died(error, while_reading=True)
+        if clear is None:
+            raise
+        raise clear from error
+    finally:
+        if pool not in dataset.loaders.values():
+            pool.close()
 
 
 def _finished(dataset: ImageDataset, answer: dict[str, Any], *, pin_memory: bool = False) -> dict[str, torch.Tensor]:
@@ -178,37 +221,26 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-@dataclass
 class _Pool:
     """Worker processes that stay alive between passes over one dataset."""
 
-    loader: Any
-    sampler: _Requests
-    is_busy: bool = False
+    def __init__(self, loader: torch.utils.data.DataLoader, *, sampler: _Requests) -> None:
+        self.loader, self._sampler, self.is_busy = loader, sampler, False
 
     def answers(self, requests: list[_Request]) -> Iterator[dict[str, Any]]:
-        self.sampler.requests = requests
+        """A batch for each request, in order."""
+        self._sampler.requests = requests
         self.is_busy = True
         try:
             yield from self.loader
-        except RuntimeError as error:
-            clear = _worker_died(error)
-            if clear is None:
-                raise
-            raise clear from error
         finally:
             self.is_busy = False
 
-
-def _worker_died(error: RuntimeError) -> DataError | None:
-    """A clear error for what the system does to workers; None for anything else."""
-    text = str(error)
-    if "DataLoader worker" not in text or ("killed by signal" not in text and "exited unexpectedly" not in text):
-        return None
-    return DataError(
-        f"A loader process ended by itself ({text.splitlines()[0]}). Most often memory ran out (also of /dev/shm, "
-        "where batches pass through): lower config.DATA.NUM_DATALOADER_WORKERS; 0 loads in the main process."
-    )
+    def close(self) -> None:
+        """End the processes; the next pass starts new ones. Left to the garbage collector this may take 5 s for each."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def _pool_of(dataset: ImageDataset, *, workers: int, method: str, pin_memory: bool) -> _Pool:
@@ -229,7 +261,7 @@ def _new_pool(dataset: ImageDataset, *, workers: int, method: str, pin_memory: b
         context.set_forkserver_preload(_PRELOAD)
     sampler = _Requests()
     loader = torch.utils.data.DataLoader(
-        _Reader(dataset),
+        _Reader(copy.copy(dataset)),  # without its loaders: no circle, so that processes end with the dataset
         batch_size=None,  # a request is already a batch
         sampler=sampler,
         num_workers=workers,
@@ -239,4 +271,4 @@ def _new_pool(dataset: ImageDataset, *, workers: int, method: str, pin_memory: b
         multiprocessing_context=context,
         generator=torch.Generator(),  # the loader draws a number; leave the model's generator alone
     )
-    return _Pool(loader=loader, sampler=sampler)
+    return _Pool(loader, sampler=sampler)

@@ -178,7 +178,9 @@ def rand_augment(
         from timm.data.auto_augment import rand_augment_transform
 
         config = f"rand-m{magnitude}-n{num_ops}-mstd{magnitude_std}-inc{int(increasing_severity)}"
-        return rand_augment_transform(config, {})
+        made = rand_augment_transform(config, {})
+        _mend_posterize(made.ops)
+        return made
     from torchvision.transforms import v2
 
     mode = interpolation_mode(interpolation)
@@ -191,7 +193,24 @@ def vissl_auto_augment(policy_name: str = "v0", magnitude_std: float = 0.0) -> A
 
     if policy_name not in ("v0", "v0r", "original", "originalr"):
         raise ValueError(f"policy_name={policy_name!r}: one of v0, v0r, original, originalr")
-    return auto_augment_transform(f"{policy_name}-mstd{magnitude_std}", {})
+    made = auto_augment_transform(f"{policy_name}-mstd{magnitude_std}", {})
+    _mend_posterize([operation for sub_policy in made.policy for operation in sub_policy])
+    return made
+
+
+def _mend_posterize(operations: list[Any]) -> None:
+    """timm draws 0 bits now and then: a black image with older versions of Pillow, an error with 13."""
+    from timm.data.auto_augment import posterize
+
+    for operation in operations:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
 def interpolation_mode(value: Any) -> Any:

@@ -234,17 +234,17 @@ def _argument_problems(name: str, maker: Any, arguments: dict[str, Any], *, wher
     """Unknown and missing arguments."""
     parameters = inspect.signature(maker).parameters
     takes = f"{name} takes {', '.join(parameters)}." if parameters else f"{name} takes no arguments."
-    unknown = [
-        f"{where}.{word}: unknown argument{suggest(word, list(parameters)) or '.'} {takes}"
-        for word in arguments
-        if word not in parameters
-    ]
+    stray = [word for word in arguments if word not in parameters]
     missing = [
-        f"{where}: {name} needs the argument {word!r}. {takes}"
+        word
         for word, parameter in parameters.items()
-        if parameter.default is parameter.empty and word not in arguments
+        if parameter.default is parameter.empty
+        and word not in arguments
+        # A misspelt argument is reported once, as unknown.
+        and not any(suggest(other, list(parameters)) == suggest(word, [word]) for other in stray)
     ]
-    return unknown + missing
+    unknown = [f"{where}.{word}: unknown argument{suggest(word, list(parameters)) or '.'} {takes}" for word in stray]
+    return unknown + [f"{where}: {name} needs the argument {word!r}. {takes}" for word in missing]
 
 
 def _make_inner(name: str, entries: Any, *, where: str, kind: str | None, problems: list[str]) -> list[Any]:

@@ -45,7 +45,7 @@ def _run_stage(stage: StageJob, run_dir: Path) -> dict[str, Any]:
         logger.info("stage %s: its inputs were made anew; it starts again", stage.name)
         fresh = job.config.RUN.model_copy(update={"OVERWRITE": True})
         job = job.model_copy(update={"config": job.config.model_copy(update={"RUN": fresh})})
-    info = LaunchInfo(recipe=stage.recipe, overrides=list(stage.overrides))
+    info = LaunchInfo(recipe=stage.recipe)
     results = launch(job, stage.run_dir, info)
     record.write_text(json.dumps(inputs, indent=1))
     return results

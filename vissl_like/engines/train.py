@@ -1,4 +1,7 @@
-"""Engine `train`: trains a model on labels (given, pseudo- or made by a transform) and tests it; also frozen-trunk heads."""
+"""Engine `train`: trains a model on labels (given, pseudo- or made by a transform) and tests it.
+
+Heads on one or several layers of a frozen trunk are trained by the same code: MODEL.FEATURE_EVAL_SETTINGS.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from typing import Any
 import torch
 
 from vissl_like.analysis.meters import MeterGroup, build_meters
+from vissl_like.analysis.rows import num_cores
 from vissl_like.config.plan import Plan, make_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_model import Meters
 from vissl_like.core import checkpoint, distributed, parallel, rng
 from vissl_like.core.evaluation import Arithmetic, evaluate
-from vissl_like.core.loop import Feed, Options, Record, Training
+from vissl_like.core.loop import Feed, Options, Training
+from vissl_like.core.on_main import on_main
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
@@ -81,16 +86,17 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         num_processes=world.size,
         device="gpu" if world.device.type == "cuda" else "cpu",
         num_train=None if splits.train is None else len(splits.train),
+        cores=num_cores(),
     )
     model = make_model(config, splits)
-    saved = distributed.broadcast_object(find_checkpoint(config, run_dir) if distributed.is_main() else None)
+    saved = on_main(lambda: find_checkpoint(config, run_dir))
     if saved is None:
         start_weights(model, config, run_dir)
     try:
         if splits.train is None:
             if saved is not None:
                 model.load_state_dict(saved.model_state())
-            return test_only(config, model, splits, plan, run_dir)
+            return test_only(job, model, splits, plan, run_dir)
         return train(job, model, splits, plan, run_dir, saved)
     finally:
         splits.close()
@@ -134,9 +140,7 @@ def find_checkpoint(config: Config, run_dir: Path) -> checkpoint.Saved | None:
 
 def start_weights(model: VisionModel, config: Config, run_dir: Path) -> None:
     """Fill the model from MODEL.WEIGHTS_INIT and write down what became of each tensor."""
-    report = load_initial_weights(
-        model, config.MODEL.WEIGHTS_INIT, feature_eval=config.MODEL.FEATURE_EVAL_SETTINGS
-    )
+    report = load_initial_weights(model, config.MODEL.WEIGHTS_INIT, feature_eval=config.MODEL.FEATURE_EVAL_SETTINGS)
     if distributed.is_main():
         log.info("%s", report.table())
         (run_dir / WEIGHTS_REPORT).write_text(report.to_json())
@@ -146,10 +150,11 @@ def train(
     job: Job, model: VisionModel, splits: Splits, plan: Plan, run_dir: Path, saved: checkpoint.Saved | None
 ) -> dict[str, Any]:
     """Train from the checkpoint or from the start."""
-    config, optimization = job.config, job.config.OPTIMIZER
+    config, optimization, train_set = job.config, job.config.OPTIMIZER, splits.train
+    assert train_set is not None
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
-        next(train_feed(config, splits, plan)(0, 0))  # raises the loader's error for too few images
+        next(train_feed(config, train_set, plan)(0, 0))  # raises the loader's error for too few images
     groups = param_groups.make_groups(model, optimization)
     if distributed.is_main():
         log.info("parameter groups\n%s", param_groups.table(groups))
@@ -176,7 +181,7 @@ def train(
             options=options,
             run_dir=run_dir,
             record=record,
-            ema=Ema(model, options=config.MODEL.EMA, total_steps=options.total_steps) if config.MODEL.EMA.ENABLED else None,
+            ema=make_ema(config, model, total_steps=options.total_steps),
         )
         if saved is not None:
             training.resume(saved)
@@ -184,3 +189,201 @@ def train(
         return training.run()
     finally:
         record.close()
+
+
+def test_only(job: Job, model: VisionModel, splits: Splits, plan: Plan, run_dir: Path) -> dict[str, Any]:
+    """One test of the weights as they are."""
+    assert splits.test is not None
+    config = job.config
+    found = evaluate(
+        make_task(config, model, splits),
+        test_feed(config, splits.test, plan)(),
+        to_input=splits.test.device_transform,
+        arithmetic=arithmetic(config, plan),
+        seed=config.SEED_VALUE,
+    )
+    assert found is not None
+    splits.test.write_bad_images()
+    record = open_record(job, run_dir, total_steps=0, first_step=1)
+    record.metrics({"kind": "test", "step": 0, "epoch": 0, **found})
+    record.close()
+    return found
+
+
+def make_ema(config: Config, model: VisionModel, *, total_steps: int) -> Ema | None:
+    """The moving average of the weights, if one is wanted."""
+    options = config.MODEL.EMA
+    return Ema(model, options=options, total_steps=total_steps) if options.ENABLED else None
+
+
+def make_task(config: Config, model: VisionModel, splits: Splits) -> torch.nn.Module:
+    """The task of TASK.NAME: model, loss and meters in one module."""
+    num_outputs = count_outputs(model)
+    meters = named_meters(config.METERS, model, num_outputs=num_outputs)
+    make = resolve("task", config.TASK.NAME, key="TASK.NAME")
+    build = partial(build_meters, meters, num_heads=num_outputs)
+    train_meters: MeterGroup | None = build() if config.METERS.ENABLE_TRAINING_METER else None
+    return make(
+        model, loss=config.LOSS, train_meters=train_meters, test_meters=build(), largest_label=largest_label(splits)
+    )
+
+
+def count_outputs(model: VisionModel) -> int:
+    """How many outputs the model gives: one per head, one of a chain of heads, one per feature without heads."""
+    num_features, num_heads = len(model.feature_names()), len(model.heads)
+    if not num_heads:
+        return num_features
+    return 1 if is_chain(num_features=num_features, num_heads=num_heads) else num_heads
+
+
+def named_meters(meters: Meters, model: VisionModel, *, num_outputs: int) -> Meters:
+    """Meters of heads on several layers are named after the layers, unless they have names."""
+    names = model.feature_names()
+    if num_outputs < 2 or len(names) != num_outputs:
+        return meters
+    named = {
+        section: getattr(meters, section).model_copy(update={"METER_NAMES": names})
+        for section in (name.upper() for name in meters.NAMES)
+        if not getattr(meters, section).METER_NAMES
+    }
+    return meters.model_copy(update=named)
+
+
+def largest_label(splits: Splits) -> int | None:
+    """The largest class number of all samples, or None for labels of another form."""
+    largest = []
+    for dataset in (splits.train, splits.test):
+        if dataset is None or dataset.labels is None or dataset.views.label_names:
+            continue  # a transform makes the labels
+        if dataset.labels.ndim == 1 and len(dataset.labels):
+            largest.append(int(dataset.labels.max()))
+    return max(largest, default=None)
+
+
+def make_feed(config: Config, splits: Splits, plan: Plan) -> Feed:
+    """Batches of both splits for this rank."""
+    train_set, test_set = splits.train, splits.test
+    assert train_set is not None
+
+    def pass_ended() -> None:
+        train_set.write_bad_images()
+        if test_set is not None:
+            test_set.write_bad_images()
+
+    return Feed(
+        train=train_feed(config, train_set, plan),
+        to_input=train_set.device_transform,
+        test=None if test_set is None else test_feed(config, test_set, plan),
+        to_test_input=None if test_set is None else test_set.device_transform,
+        identity={
+            "seed": config.SEED_VALUE,
+            "images": f"{len(train_set)} ({hash_of_paths(train_set)})",
+            "global batch": plan.global_batch,
+            "steps per epoch": plan.steps_per_epoch,
+        },
+        pass_ended=pass_ended,
+    )
+
+
+def hash_of_paths(dataset: ImageDataset) -> str:
+    """Which images a dataset has, and in which order; does not look at the files."""
+    text = "\n".join(dataset.paths.tolist()).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def train_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
+    """(epoch, first step) -> the micro-batches of this rank."""
+    world = distributed.current()
+
+    def batches(epoch: int, first_step: int) -> Any:
+        return train_batches(
+            dataset,
+            seed=config.SEED_VALUE,
+            epoch=epoch,
+            first_step=first_step,
+            batch_per_rank=plan.batch_per_rank,
+            accumulate=plan.accumulate,
+            rank=world.rank,
+            size=world.size,
+            drop_last=config.DATA.TRAIN.DROP_LAST,
+            **loading(config, plan),
+        )
+
+    return batches
+
+
+def test_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
+    """() -> this rank's batches of the test split."""
+    world = distributed.current()
+    return partial(
+        eval_batches,
+        dataset,
+        batch=config.DATA.TEST.BATCHSIZE_PER_REPLICA,
+        rank=world.rank,
+        size=world.size,
+        **loading(config, plan),
+    )
+
+
+def loading(config: Config, plan: Plan) -> dict[str, Any]:
+    """How batches are read."""
+    return {
+        "workers": plan.num_workers,
+        "method": config.MULTI_PROCESSING_METHOD,
+        "pin_memory": config.DATA.PIN_MEMORY and distributed.current().device.type == "cuda",
+    }
+
+
+def arithmetic(config: Config, plan: Plan) -> Arithmetic:
+    return Arithmetic(precision=plan.precision, channels_last=config.MACHINE.CHANNELS_LAST)
+
+
+def loop_options(config: Config, plan: Plan) -> Options:
+    """What the loop takes from the configuration and the plan."""
+    return Options(
+        seed=config.SEED_VALUE,
+        num_epochs=config.OPTIMIZER.NUM_EPOCHS,
+        steps_per_epoch=plan.steps_per_epoch or 0,
+        accumulate=plan.accumulate,
+        arithmetic=arithmetic(config, plan),
+        clip=config.MODEL.GRAD_CLIP,
+        check_nan=config.CHECK_NAN,
+        log_every=config.LOG_FREQUENCY,
+        test_every=config.TEST_EVERY_NUM_EPOCH,
+        save_every_epochs=config.CHECKPOINT.EVERY_EPOCHS,
+        save_every_steps=config.CHECKPOINT.EVERY_STEPS,
+        keep=config.CHECKPOINT.KEEP,
+        best_metric=config.CHECKPOINT.BEST_METRIC,
+    )
+
+
+def open_record(job: Job, run_dir: Path, *, total_steps: int, first_step: int) -> Writers | Silent:
+    """Writers on the main rank. What was recorded beyond the checkpoint is dropped first: it will be recorded again."""
+    if not distributed.is_main():
+        return Silent()
+    rewind(run_dir, first_step - 1)
+    config = job.config
+    return Writers(
+        run_dir,
+        loggers=config.LOGGERS,
+        run=config.RUN,
+        engine=job.engine_name,
+        log_frequency=config.LOG_FREQUENCY,
+        total_steps=total_steps,
+        first_step=first_step,
+    )
+
+
+def known_tests(run_dir: Path, step: int) -> dict[int, dict[str, float]]:
+    """The test of this step, if it was recorded before the run was interrupted: it need not run again."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_metrics(run_dir) if distributed.is_main() else []:
+        if record.get("kind") == "test" and record.get("step") == step:
+            found[step] = {key: value for key, value in record.items() if key not in ("kind", "step", "epoch")}
+    return distributed.broadcast_object(found)
+
+
+def warn_unreached(plan: Plan, num_epochs: int) -> None:
+    missed = unreached_milestones(plan.lr, num_epochs=num_epochs)
+    if missed:
+        log.warning("the learning rate never changes at epochs %s: OPTIMIZER.NUM_EPOCHS=%d", missed, num_epochs)

@@ -24,10 +24,10 @@ def cross_entropy(
     ignore_index: int = -1,
     weight: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum over outputs (B, K) of the mean cross-entropy against target (B,) int64, or (B, K) shares of classes -> scalar.
+    """Sum over outputs (B, K) of the mean cross-entropy against target (B,) int64 or (B, K) shares of classes -> scalar.
 
-    As VISSL's cross_entropy_multiple_output_single_target: `ignore_index` and `weight` do not apply to shares. Outputs of
-    half precision are raised to float32 first.
+    As VISSL's cross_entropy_multiple_output_single_target: `ignore_index` and `weight` do not apply to shares. Outputs
+    of half precision are raised to float32 first.
     """
     losses = []
     for output in _as_list(outputs):
@@ -41,9 +41,7 @@ def cross_entropy(
         check_targets(target, num_classes=logits.shape[1])
         scale = None if weight is None else torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
         losses.append(
-            F.cross_entropy(
-                logits, target, weight=scale, ignore_index=ignore_index, label_smoothing=label_smoothing
-            )
+            F.cross_entropy(logits, target, weight=scale, ignore_index=ignore_index, label_smoothing=label_smoothing)
         )
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
@@ -51,8 +49,8 @@ def cross_entropy(
 def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Sum over outputs (B, K) of the binary cross-entropy against target (B, K) of 0, 1 and -1 (unknown) -> scalar.
 
-    Reduction `none` is VISSL's: the mean over the images known for each class, summed over classes. `mean` and `sum` are
-    over all known entries.
+    Reduction `none` is VISSL's: the mean over the images known for each class, summed over classes. `mean` and `sum`
+    are over all known entries.
     """
     total = torch.zeros((), device=target.device)
     known = target != UNKNOWN
@@ -76,14 +74,17 @@ def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction:
 def check_targets(target: Tensor, *, num_classes: int) -> None:
     """Raise DataError if a class number does not fit the head.
 
-    Looks at tensors on the CPU only: on a GPU it would make every step wait, and the engine has seen the labels before.
+    Looks at tensors on the CPU only: on a GPU it would make every step wait, and the task knows the largest label.
     """
-    if target.device.type != "cpu" or target.numel() == 0:
-        return
-    largest = int(target.max())
-    if largest >= num_classes:
+    if target.device.type == "cpu" and target.numel():
+        check_largest(int(target.max()), num_classes=num_classes)
+
+
+def check_largest(label: int, *, num_classes: int) -> None:
+    """Raise DataError if this label does not fit the head."""
+    if label >= num_classes:
         raise DataError(
-            f"a label is {largest}, but the head has {num_classes} outputs (labels 0 to {num_classes - 1}). "
+            f"a label is {label}, but the head has {num_classes} outputs (labels 0 to {num_classes - 1}). "
             "Give the head more outputs (config.MODEL.HEAD.PARAMS dims; `auto` infers them) or mend the labels."
         )
 

@@ -24,25 +24,22 @@ class Ema:
         self._names = list(model.state_dict())
         self._live = list(model.state_dict().values())
         self._average = [tensor.detach().clone() for tensor in self._live]
-        is_real = [tensor.is_floating_point() for tensor in self._live]
-        self._pairs = {
-            real: ([a for a, r in zip(self._average, is_real) if r is real], [v for v, r in zip(self._live, is_real) if r is real])
-            for real in (True, False)
-        }
+        real = [i for i, tensor in enumerate(self._live) if tensor.is_floating_point()]
+        whole = [i for i, tensor in enumerate(self._live) if not tensor.is_floating_point()]
+        self._real = ([self._average[i] for i in real], [self._live[i] for i in real])
+        self._whole = ([self._average[i] for i in whole], [self._live[i] for i in whole])
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` (counted from 1) was finished."""
         if step % self._every:
             return
-        averages, weights = self._pairs[True]
+        averages, weights = self._real
         if step <= self._warmup_steps:
             torch._foreach_copy_(averages, weights)
         else:
             torch._foreach_lerp_(averages, weights, 1.0 - self._decay)
-        counters, live_counters = self._pairs[False]
-        if counters:
-            torch._foreach_copy_(counters, live_counters)
+        _copy_all(*self._whole)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the model's names."""

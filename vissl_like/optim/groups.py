@@ -41,7 +41,7 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with the same rules. `decay_is_general`: the weight decay is OPTIMIZER.WEIGHT_DECAY and follows its schedule."""
+    """Parameters with the same rules. `decay_is_general`: it is OPTIMIZER.WEIGHT_DECAY and follows that one's schedule."""
 
     role: str
     lr_factor: float
@@ -160,7 +160,8 @@ def _compile(own: ParamGroup, i: int) -> re.Pattern[str]:
     try:
         return re.compile(own.MATCH)
     except re.error as error:
-        raise ConfigError(f"config.OPTIMIZER.GROUPS[{i}].MATCH={own.MATCH!r}: not a regular expression: {error}.") from None
+        where = f"config.OPTIMIZER.GROUPS[{i}].MATCH={own.MATCH!r}"
+        raise ConfigError(f"{where}: not a regular expression: {error}.") from None
 
 
 def _complain(members: Mapping[Group, Any], options: OptimizerOptions, *, unused: list[int], names: list[str]) -> None:
@@ -190,10 +191,8 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def build_optimizer(groups: Sequence[Group], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The optimizer of OPTIMIZER.NAME over these groups, in this order. Rates are set by set_rates() before each step."""
-    parameters = [
-        {"params": list(group.parameters), "lr": 0.0, "weight_decay": group.weight_decay} for group in groups
-    ]
+    """The optimizer of OPTIMIZER.NAME over these groups, in this order. set_rates() sets the rates before each step."""
+    parameters = [{"params": list(group.parameters), "lr": 0.0, "weight_decay": group.weight_decay} for group in groups]
     arguments = {name: getattr(options, key) for name, key in _ARGUMENTS.get(options.NAME, {}).items()}
     arguments |= options.OPTIONS
     try:
@@ -206,7 +205,8 @@ def build_optimizer(groups: Sequence[Group], options: OptimizerOptions) -> torch
         return make(parameters, lr=0.0, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"config.OPTIMIZER.NAME={options.NAME!r} with OPTIONS={options.OPTIONS}: {error}.{_known_arguments(options.NAME)}"
+            f"config.OPTIMIZER.NAME={options.NAME!r} with OPTIONS={options.OPTIONS}: {error}."
+            f"{_known_arguments(options.NAME)}"
         ) from error
 
 
@@ -225,7 +225,7 @@ def set_rates(
     lr_head: float,
     weight_decay: float | None,
 ) -> None:
-    """Set each group's rates for the coming step. weight_decay: the scheduled general one, or None for a constant one."""
+    """Set each group's rates for the coming step. weight_decay: the scheduled general one, None if it is constant."""
     for target, group in zip(optimizer.param_groups, groups):
         target["lr"] = (lr_head if group.role == "head" else lr) * group.lr_factor
         if weight_decay is not None and group.decay_is_general:
@@ -248,8 +248,8 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, groups: Sequence[Group]
     unknown = sorted(set(state) - set(names))
     if unknown:
         raise ConfigError(
-            f"the checkpoint's optimizer holds {unknown[0]!r}, which is not trained now ({len(unknown)} such parameters). "
-            "Resume with the configuration of the run, or set config.RUN.OVERWRITE=true to start anew."
+            f"the checkpoint's optimizer holds {unknown[0]!r}, which is not trained now ({len(unknown)} such "
+            "parameters). Resume with the configuration of the run, or set config.RUN.OVERWRITE=true to start anew."
         )
     plain = optimizer.state_dict()
     plain["state"] = {i: dict(state[name]) for i, name in enumerate(names) if name in state}

@@ -1,8 +1,8 @@
 """Learning rates that follow the global batch size (OPTIMIZER.PARAM_SCHEDULERS.LR.AUTO_LR_SCALING). Free of torch.
 
 The rules are VISSL's (its `infer_learning_rate`), so that its recipes give its learning rates. Two differences: the
-values of a multistep schedule that is not geometric are all multiplied by the same factor instead of being replaced by a
-geometric series, and accumulated batches count as part of the batch.
+values of a multistep schedule that is not geometric are all multiplied by the same factor instead of being replaced by
+a geometric series, and accumulated batches count as part of the batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def child_schedules(schedule: Schedule, *, key: str = "LR") -> list[Schedule]:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{where}={options!r}: {problems}.") from None
         except TypeError:
-            raise ConfigError(f"{where}={options!r}: the keys of a child are those of a schedule (NAME, ...).") from None
+            raise ConfigError(f"{where}={options!r}: its keys must be those of a schedule (NAME, ...).") from None
         if child.NAME == "composite":
             raise ConfigError(f"{where}: a composite schedule cannot stand in another one; list its children directly.")
         children.append(child)
@@ -71,8 +71,8 @@ def _scale_plain(schedule: Schedule, scaled: float, *, key: str) -> Schedule:
 def _scale_cosine(schedule: Schedule, scaled: float, key: str) -> dict[str, Any]:
     if schedule.START_VALUE == 0:
         raise ConfigError(
-            f"config.OPTIMIZER.PARAM_SCHEDULERS.{key}.START_VALUE=0.0: a schedule that starts at zero cannot be scaled by "
-            "its start. Set AUTO_LR_SCALING.AUTO_SCALE=false and give the values."
+            f"config.OPTIMIZER.PARAM_SCHEDULERS.{key}.START_VALUE=0.0: a schedule that starts at zero cannot be scaled "
+            "by its start. Set AUTO_LR_SCALING.AUTO_SCALE=false and give the values."
         )
     return {"START_VALUE": scaled, "END_VALUE": scaled * (schedule.END_VALUE / schedule.START_VALUE)}
 

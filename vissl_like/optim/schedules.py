@@ -128,9 +128,9 @@ def inverse_sqrt(options: Schedule, *, num_epochs: int, key: str) -> Curve:
 def cosine_warm_restart(options: Schedule, *, num_epochs: int, key: str) -> Curve:
     """Cosine waves of RESTART_INTERVAL_LENGTH, each from its own peak down to END_VALUE (arXiv:1608.03983).
 
-    WAVE_TYPE half jumps back to the peak after each interval; full rises to the next peak within an interval and falls in
-    the next. The k-th peak is START_VALUE * LR_MULTIPLIER**k, or, if IS_ADAPTIVE, where one cosine over the whole training
-    would stand (full: one interval later).
+    WAVE_TYPE half jumps back to the peak after each interval; full rises to the next peak within an interval and falls
+    in the next. The k-th peak is START_VALUE * LR_MULTIPLIER**k, or, if IS_ADAPTIVE, where one cosine over the whole
+    training would stand (full: one interval later).
     """
     length, start, end = options.RESTART_INTERVAL_LENGTH, options.START_VALUE, options.END_VALUE
     is_full = options.WAVE_TYPE == "full"

@@ -95,7 +95,7 @@ def projection(path: Path, xy: np.ndarray, labels: np.ndarray | None, class_name
     return _save(figure, path)
 
 
-def montage(path: Path, images: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, side: int = 56) -> Path:
+def montage(path: Path, images: Sequence[Sequence[np.ndarray]], titles: Sequence[str], *, side: int = 64) -> Path:
     """One row of pictures per cluster, its title at the left. images: R rows of up to M uint8 arrays (H, W, 3)."""
     from PIL import Image, ImageDraw, ImageFont
 

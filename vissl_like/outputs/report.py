@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vissl_like.outputs.writers import read_metrics
 
@@ -34,6 +37,18 @@ class RunFolder:
         except (ValueError, OSError) as error:
             self.damaged.append(f"{name}: {error}")
             return None
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of an .npz file by name; empty without it."""
+        file = self.path / name
+        if not file.is_file():
+            return {}
+        try:
+            with np.load(file) as content:
+                return dict(content)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            self.damaged.append(f"{name}: {error}")
+            return {}
 
     @cached_property
     def job(self) -> dict[str, Any]:

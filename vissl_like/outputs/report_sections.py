@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -176,26 +177,110 @@ def _curve(
     return picture(path, caption)
 
 
+def evaluation(run: RunFolder) -> Section | None:
+    """kNN and probes per layer, from the flat results of the engine evaluate: linear_top1_res4 and the like."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, value in run.results.items():
+        match = MEASUREMENT.fullmatch(key)
+        if match:
+            table.setdefault((match["layer"] or "", match["protocol"]), {})[match["what"]] = value
+    rows = [
+        [
+            f"{protocol.replace('_', ' ')} {layer}".strip(),
+            numbers.get("top1"),
+            numbers.get("top5"),
+            numbers.get("total"),
+        ]
+        for (layer, protocol), numbers in sorted(table.items())
+        if "top1" in numbers
+    ]
+    columns = ("", "top-1 %", "top-5 %", "images counted")
+    return Section("Evaluation", _bar_table(columns, rows)) if rows else None
+
+
+MEASUREMENT = re.compile(r"(?P<protocol>knn(_\d+)?|linear|low_shot_\d+)_(?P<what>top1|top5|total)(_(?P<layer>.+))?")
+
+
+def clusters(run: RunFolder) -> Section | None:
+    """How the clusters look: montage, sizes, projection, agreement with classes (clusters/kmeans.json, report.npz)."""
+    found = run.json("clusters/kmeans.json")
+    data = run.arrays("clusters/report.npz")
+    if not found or not data:
+        return None
+    folder = run.path / "figures"
+    drawn = [picture(figures.sizes(folder / "cluster_sizes.png", data["sizes"]), "Cluster sizes.")]
+    is_known = data["projection_label"] >= 0
+    if is_known.any():
+        path = folder / "cluster_projection.png"
+        figures.projection(path, data["projection"][is_known], data["projection_label"][is_known])
+        drawn.append(picture(path, "Two principal components of the features, coloured by class."))
+    elif len(data["projection"]):
+        figures.projection(folder / "cluster_projection.png", data["projection"], data["projection_cluster"])
+        drawn.append(picture(folder / "cluster_projection.png", "Two principal components, coloured by cluster."))
+    objective = (range(1, len(found["objective"]) + 1), found["objective"])
+    lines = {"objective": objective}
+    drawn.append(_curve(folder / "kmeans.png", lines, x="iteration", y="objective", caption="k-means objective."))
+    body = f'<div class="tiles">{_cluster_tiles(run, found)}</div>' + _montage(run, data)
+    return Section("Clusters", body + f'<div class="grid">{"".join(drawn)}</div>')
+
+
+def _cluster_tiles(run: RunFolder, found: Mapping[str, Any]) -> str:
+    sizes = sorted(found["sizes"])
+    facts = [
+        (found["num_clusters"], "clusters"),
+        (f"{found['rows']:,}", "images"),
+        (f"{sizes[0]} / {sizes[len(sizes) // 2]} / {sizes[-1]}", "smallest / median / largest cluster"),
+        (len(found["empty"]), "empty clusters"),
+        (found["backend"], "k-means backend"),
+        *((f"{run.results[key]:.1f} %", f"{name} with the classes") for key, name in AGREEMENT if key in run.results),
+    ]
+    return "".join(f'<div class="tile"><b>{escape(str(v))}</b><span>{escape(name)}</span></div>' for v, name in facts)
+
+
+AGREEMENT = (("nmi", "NMI"), ("ari", "adjusted Rand index"), ("purity", "purity"))
+
+
+def _montage(run: RunFolder, data: Mapping[str, Any]) -> str:
+    shown = list(dict.fromkeys(data["montage_cluster"].tolist()))
+    if not shown:
+        return ""
+    rows = [data["montage_images"][data["montage_cluster"] == cluster] for cluster in shown]
+    titles = [f"cluster {cluster}\n{data['sizes'][cluster]} images" for cluster in shown]
+    path = figures.montage(run.path / "figures" / "cluster_montage.png", rows, titles)
+    return picture(path, "Members of the largest clusters and of some others, chosen at random.")
+
+
 def weights(run: RunFolder) -> Section | None:
-    """What was loaded into the model, tensor by tensor (weights_report.json)."""
+    """Where the initial weights came from, and what became of each tensor (weights_report.json)."""
     report = run.json("weights_report.json")
     if not isinstance(report, dict):
         return None
-    plain = {key: value for key, value in report.items() if not isinstance(value, list | dict)}
-    tiles = "".join(
-        f'<div class="tile"><b>{_value(value)}</b><span>{escape(_title(key))}</span></div>'
-        for key, value in plain.items()
-    )
-    tables = []
-    for key, value in report.items():
-        entries = list(value.items()) if isinstance(value, dict) else value
-        if not isinstance(entries, list) or not entries:
-            continue
-        rows = [f'<td class="k">{escape(_line(entry))}</td>' for entry in entries]
-        tables.append(
-            f"<h3>{escape(_title(key))} ({len(entries)})</h3>" + _folded_table((), rows, open_rows=0, what="show {}")
-        )
-    return Section("Weights", f'<div class="tiles">{tiles}</div>{"".join(tables)}')
+    notes = "".join(f'<p class="muted">{escape(str(note))}</p>' for note in report.get("notes", []))
+    if not report.get("source"):
+        return Section("Weights", "<p>Randomly initialised; no weights file was given.</p>" + notes)
+    tiles = [
+        f'<div class="tile"><b>{100 * part["share"]:.1f} %</b><span>of {part["total"]:,} {name} parameters</span></div>'
+        for name, part in ((name, report.get(name)) for name in ("trunk", "heads"))
+        if part and part["total"]
+    ]
+    tiles += [
+        f'<div class="tile"><b>{count}</b><span>{escape(status)} tensors</span></div>'
+        for status, count in report.get("counts", {}).items()
+        if count
+    ]
+    tensors = [
+        f'<td>{escape(row["status"])}</td><td class="k">{escape(row["model"])}</td><td class="k">{escape(row["file"])}</td>'
+        f'<td class="k">{_shape(row["model_shape"])}</td><td class="k">{_shape(row["file_shape"])}</td>'
+        for row in report.get("tensors", [])
+    ]
+    columns = ("", "in the model", "in the file", "shape", "shape in the file")
+    where = f"<p>From <code>{escape(str(report['source']))}</code></p>"
+    table = _folded_table(columns, tensors, open_rows=0, what="all {} tensors")
+    return Section("Weights", where + f'<div class="tiles">{"".join(tiles)}</div>' + notes + table)
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "–" if shape is None else " × ".join(map(str, shape)) or "scalar"
 
 
 def configuration(run: RunFolder) -> Section | None:
@@ -225,16 +310,17 @@ def configuration(run: RunFolder) -> Section | None:
 
 def inferred(run: RunFolder) -> Section | None:
     """Values that were worked out, with their reasons (plan.json)."""
-    rows = run.json("plan.json")
-    rows = rows.get("rows") if isinstance(rows, dict) else rows
-    if not rows:
+    plan = run.json("plan.json")
+    if not isinstance(plan, dict) or not (plan.get("rows") or plan.get("warnings")):
         return None
     cells = [
-        f'<td class="k">{escape(str(row.get("key")))}</td><td class="k">{_value(row.get("given"))}</td>'
-        f'<td class="k">{_value(row.get("used"))}</td><td>{escape(str(row.get("reason", "")))}</td>'
-        for row in rows
+        f'<td class="k">{escape(str(row["key"]))}</td><td class="k">{_value(row["given"])}</td>'
+        f'<td class="k">{_value(row["used"])}</td><td>{escape(str(row["reason"]))}</td>'
+        for row in plan.get("rows", [])
     ]
-    return Section("Inferred values", _folded_table(("option", "given", "used", "why"), cells, open_rows=len(cells)))
+    warnings = "".join(f'<p class="open">{escape(str(warning))}</p>' for warning in plan.get("warnings", []))
+    table = _folded_table(("option", "given", "used", "why"), cells, open_rows=len(cells))
+    return Section("Inferred values", warnings + table)
 
 
 def bad_images(run: RunFolder) -> Section | None:
@@ -324,12 +410,6 @@ def _title(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _line(entry: Any) -> str:
-    if isinstance(entry, dict):
-        return "  ".join(f"{key}={value}" for key, value in entry.items())
-    return " ".join(str(part) for part in entry) if isinstance(entry, list | tuple) else str(entry)
-
-
 def _cell(value: Any) -> str:
     """One number of a summary table: one decimal."""
     if value is None:
@@ -359,6 +439,8 @@ def _value(value: Any) -> str:
 SECTIONS: tuple[Callable[[RunFolder], Section | None], ...] = (
     summary_table,
     stages,
+    evaluation,
+    clusters,
     results,
     curves,
     weights,

@@ -1,4 +1,4 @@
-"""Classification of images against given labels: supervised training, pseudo-labels, and rotations made by a transform."""
+"""Classification of images against labels: given ones, pseudo-labels, and rotations made by a transform."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vissl_like.analysis.meters import MeterGroup
 from vissl_like.config.schema_model import Loss
+from vissl_like.losses.classification import check_largest
 from vissl_like.registry import resolve
 
 #: Logits that are kept for the training meters before they are counted in one go.
@@ -24,10 +25,20 @@ class Supervised(nn.Module):
     Batches hold data (B, 3, H, W) float on the model's device and label (B,) int64 or (B, K).
     """
 
+    draws_in_test = False
+
     def __init__(
-        self, model: nn.Module, *, loss: Loss, train_meters: MeterGroup | None, test_meters: MeterGroup
+        self,
+        model: nn.Module,
+        *,
+        loss: Loss,
+        train_meters: MeterGroup | None,
+        test_meters: MeterGroup,
+        largest_label: int | None = None,
     ) -> None:
+        """`largest_label`: of all samples, compared with the heads' outputs before a GPU would stumble over it."""
         super().__init__()
+        self.largest_label = largest_label
         self.model = model
         self.loss = loss_function(loss)
         self.train_meters, self.test_meters = train_meters, test_meters
@@ -36,21 +47,28 @@ class Supervised(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The training step: {"loss": ()} and further scalars worth logging, each a mean over the batch."""
-        outputs = self.model(batch["data"])
+        outputs = self.predict(self.model, batch)
         if self.train_meters is not None:
             self._remember(outputs, batch["label"])
         return {"loss": self.loss(outputs, batch["label"])}
 
     training_step = forward
 
-    def eval_step(self, batch: Mapping[str, Any]) -> Tensor:
-        """Count one batch of the test and return its mean loss, ()."""
-        outputs = self.model(batch["data"])
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The outputs (B, K) of the heads."""
+        outputs = model(batch["data"])
+        if self.largest_label is not None:
+            for output in outputs:
+                check_largest(self.largest_label, num_classes=output.shape[1])
+        return outputs
+
+    def score(self, outputs: Sequence[Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """Count a batch of the test and return its mean loss, ()."""
         self.test_meters.update(outputs, batch["label"])
         return self.loss(outputs, batch["label"])
 
     def test_metrics(self, prefix: str) -> dict[str, float]:
-        """What eval_step() has counted on all ranks; the counts start again. A collective call."""
+        """What score() has counted on all ranks; the counts start again. A collective call."""
         values = self.test_meters.flatten(prefix)
         self.test_meters.reset()
         return values

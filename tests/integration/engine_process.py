@@ -1,0 +1,48 @@
+"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [kill]
+
+jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With `kill` the process kills itself at
+the third block of features that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from vissl_like.config.schema import Job
+    from vissl_like.core import distributed
+    from vissl_like.registry import resolve
+
+    if sys.argv[2:] == ["kill"]:
+        kill_while_writing()
+    distributed.start(device="cpu")
+    for job, run_dir in json.loads(Path(sys.argv[1]).read_text()):
+        run = resolve("engine", job["engine_name"], key="engine_name")
+        results = run(Job.model_validate(job), Path(run_dir))
+        if distributed.is_main():
+            (Path(run_dir) / "results.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+def kill_while_writing() -> None:
+    from vissl_like.analysis import features
+
+    features._MARK_EVERY_S = 0.0
+    write, count = features.FeatureWriter.write, [0]
+
+    def counted(*args: object, **options: object) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args, **options)  # type: ignore[arg-type]
+
+    features.FeatureWriter.write = counted  # type: ignore[method-assign, assignment]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A training that is killed, stopped or robbed of its newest checkpoint ends as the one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.training_runs import ROOT, assert_same_course, environment, launch, losses, records
+from vissl_like.core import checkpoint
+
+KILLS, EPOCHS = 20, 12
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed training of 3 epochs, 18 steps."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    done = launch(run_dir, "config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.EVERY_STEPS=2")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run_dir)) == 18
+    return run_dir
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_random_steps(tmp_path: Path) -> None:
+    """Loader processes 0 and 2 alternate; kills also strike while a checkpoint is being written."""
+    driver = [sys.executable, "-m", "tests.integration.kill_driver"]
+    folders = [str(tmp_path / name) for name in ("reference", "run", "output.txt")]
+    done = subprocess.run(
+        [*driver, *folders, str(KILLS), str(EPOCHS)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    output = (tmp_path / "output.txt").read_text()
+    assert done.returncode == 0, done.stderr + output
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] == KILLS and report["codes"][0] == report["codes"][-1] == 0, (report, output)
+    assert len(losses(tmp_path / "run")) == EPOCHS * 6
+    assert_same_course(tmp_path / "run", tmp_path / "reference")
+    names = os.listdir(tmp_path / "run" / "checkpoints")
+    assert not [name for name in names if name.startswith(".")], names
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "flipped"])
+def test_torn_newest_checkpoint(tmp_path: Path, reference: Path, harm: str) -> None:
+    run_dir = tmp_path / "run"
+    options = ["config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.EVERY_STEPS=2"]
+    killed = launch(run_dir, *options, env=environment(KILL_AFTER="9"))
+    assert killed.returncode == -9, killed.stderr
+    steps = checkpoint.saved_steps(run_dir)
+    file = run_dir / "checkpoints" / checkpoint.step_name(steps[-1]) / "training.safetensors"
+    if harm == "truncated":
+        os.truncate(file, 100)
+    elif harm == "deleted":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 64
+        file.write_bytes(data)
+    done = launch(run_dir, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{checkpoint.step_name(steps[-1])} is damaged" in done.stderr
+    assert f"{checkpoint.step_name(steps[-1])} is damaged" in (run_dir / "log.txt").read_text()
+    assert_same_course(run_dir, reference)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_to_everything_saves_and_resumes(tmp_path: Path, reference: Path, workers: int) -> None:
+    """A cluster sends SIGTERM to every process of a job, loader processes included."""
+    run_dir = tmp_path / "run"
+    options = ["config.OPTIMIZER.NUM_EPOCHS=3", f"config.DATA.NUM_DATALOADER_WORKERS={workers}"]
+    stopped = launch(run_dir, *options, env=environment(SIGNAL_AFTER="10"))
+    assert stopped.returncode == 75, stopped.stderr
+    assert "SIGTERM" in stopped.stderr and "same command goes on" in stopped.stderr
+    assert checkpoint.saved_steps(run_dir)[-1] in (10, 11)
+    assert not (run_dir / "manifest.json").exists()
+    done = launch(run_dir, *options)
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir) == losses(reference)
+    assert [line for line in records(run_dir) if line["kind"] == "test"] == [
+        line for line in records(reference) if line["kind"] == "test"
+    ]
+
+
+def test_finished_run_is_left_alone(reference: Path) -> None:
+    before = (reference / "metrics.jsonl").read_bytes()
+    done = launch(reference, "config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.EVERY_STEPS=2")
+    assert done.returncode == 0, done.stderr
+    assert (reference / "metrics.jsonl").read_bytes() == before

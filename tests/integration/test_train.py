@@ -1,0 +1,140 @@
+"""Real trainings: several processes, accumulated batches, frozen trunks, rotations, tests alone, losses that explode."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.integration.training_runs import environment, launch, losses, records
+from vissl_like.core import checkpoint
+
+#: A model without batch statistics or noise, so that processes can be compared.
+PLAIN = ["config.MODEL.TRUNK.NAME=raw_pixels", 'config.MODEL.HEAD.PARAMS=[["mlp",{"dims":[auto,32,auto]}]]',
+         "config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE=0.002", "config.DATA.TRAIN.NUM_SYNTHETIC=44"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, 8 images a step, 44 images: the last step has 4."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    done = launch(run_dir, *PLAIN)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def results(run_dir: Path) -> dict:
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def test_two_processes_equal_one(tmp_path: Path, alone: Path) -> None:
+    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
+    done = launch(tmp_path / "two", *PLAIN, *two)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-6)
+    one, both = results(alone), results(tmp_path / "two")
+    for key in ("train_top_1", "test_top_1"):
+        assert both[key] == one[key]
+    assert both["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
+    assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path: Path, alone: Path) -> None:
+    parts = ["config.OPTIMIZER.ACCUMULATE_STEPS=4", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=2"]
+    done = launch(tmp_path / "parts", *PLAIN, *parts)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_two_processes_stop_together_and_resume_as_one(tmp_path: Path, alone: Path) -> None:
+    """SIGTERM to all: both save at the same step. Then one process goes on with the same global batch."""
+    run_dir = tmp_path / "run"
+    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
+    stopped = launch(run_dir, *PLAIN, *two, env=environment(SIGNAL_AFTER="3"))
+    assert stopped.returncode == 75, stopped.stderr
+    step = checkpoint.saved_steps(run_dir)[-1]
+    assert 3 <= step <= 6
+    saved = checkpoint.newest(run_dir)
+    assert saved is not None and len(saved.training_state()["ranks"]) == 2
+    done = launch(run_dir, *PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-6)
+    assert results(run_dir)["train_top_1"] == results(alone)["train_top_1"]
+
+
+def test_another_global_batch_is_no_resumption(tmp_path: Path) -> None:
+    assert launch(tmp_path / "run", *PLAIN, env=environment(KILL_AFTER="8")).returncode == -9
+    other = launch(tmp_path / "run", *PLAIN, "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4")
+    assert other.returncode == 2
+    assert "Traceback" not in other.stderr and "BATCHSIZE_PER_REPLICA" in other.stderr
+
+
+def test_heads_on_a_frozen_trunk(tmp_path: Path, alone: Path) -> None:
+    """Linear evaluation of several layers at once: the trunk and its statistics do not move, each head has its meter."""
+    teacher = tmp_path / "teacher"
+    assert launch(teacher).returncode == 0
+    pools = '[["conv1",["AvgPool2d",[[4,4],4,0]]],["res5avg",["Identity",[]]]]'
+    done = launch(
+        tmp_path / "probe",
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={teacher}",
+        "config.MODEL.FEATURE_EVAL_SETTINGS.EVAL_MODE_ON=true",
+        "config.MODEL.FEATURE_EVAL_SETTINGS.FREEZE_TRUNK_ONLY=true",
+        f"config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP={pools}",
+        'config.MODEL.HEAD.PARAMS=[["eval_mlp",{"dims":[auto,auto]}],["mlp",{"dims":[auto,auto]}]]',
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"test_top_1_conv1", "test_top_1_res5avg"} <= results(tmp_path / "probe").keys()
+    before, after = (
+        load_file(folder / "checkpoints" / "last" / "model.safetensors") for folder in (teacher, tmp_path / "probe")
+    )
+    trunk = [name for name in before if name.startswith("trunk.") and "num_batches_tracked" not in name]
+    assert trunk and all(before[name].equal(after[name]) for name in trunk)
+    report = json.loads((tmp_path / "probe" / "weights_report.json").read_text())
+    assert report["trunk"]["share"] == 1.0
+
+
+def test_rotations_give_four_classes(tmp_path: Path) -> None:
+    size = "{name: Resize, size: [28, 28]}, {name: ToTensor}]"
+    rotate = f"[{{name: ImgRotatePil, num_angles: 4, num_rotations_per_img: 1}}, {size}"
+    splits = [f"config.DATA.{split}.TRANSFORMS={rotate}" for split in ("TRAIN", "TEST")]
+    done = launch(tmp_path / "run", *splits, "config.OPTIMIZER.NUM_EPOCHS=1")
+    assert done.returncode == 0, done.stderr
+    state = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    last = [value for name, value in state.items() if name.startswith("heads.") and name.endswith("bias")][-1]
+    assert len(last) == 4
+
+
+def test_tests_alone_repeat_the_last_test(tmp_path: Path) -> None:
+    assert launch(tmp_path / "run").returncode == 0
+    done = launch(
+        tmp_path / "again", "config.TEST_ONLY=true", f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={tmp_path / 'run'}"
+    )
+    assert done.returncode == 0, done.stderr
+    first, again = results(tmp_path / "run"), results(tmp_path / "again")
+    assert again["test_top_1"] == first["test_top_1"] and again["test_loss"] == first["test_loss"]
+    assert not os.path.exists(tmp_path / "again" / "checkpoints")
+
+
+def test_exploding_loss_leaves_a_bundle(tmp_path: Path) -> None:
+    done = launch(tmp_path / "run", *PLAIN, "config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE=1e18")
+    assert done.returncode == 2
+    assert "loss is" in done.stderr and "Traceback" not in done.stderr
+    (bundle,) = (tmp_path / "run" / "replay").iterdir()
+    assert sorted(file.name for file in bundle.iterdir()) == ["batch.safetensors", "info.json", "model.safetensors"]
+
+
+def test_wrong_label_names_the_numbers(tmp_path: Path) -> None:
+    done = launch(tmp_path / "run", *PLAIN, 'config.MODEL.HEAD.PARAMS=[["mlp",{"dims":[auto,3]}]]')
+    assert done.returncode == 3
+    assert "a label is 3, but the head has 3 outputs" in done.stderr
+
+
+def test_best_and_epoch_records(alone: Path) -> None:
+    kinds = [line["kind"] for line in records(alone)]
+    assert kinds.count("train_epoch") == kinds.count("test") == 2
+    tests = {line["step"]: line["test_top_1"] for line in records(alone) if line["kind"] == "test"}
+    found = results(alone)
+    assert found["best_test_top_1"] == max(tests.values()) and tests[found["best_step"]] == max(tests.values())

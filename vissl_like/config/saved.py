@@ -1,0 +1,97 @@
+"""A job as it lies in its run folder (config.yaml): written, read, compared. Free of Hydra, so ranks can use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from vissl_like.config.recipes import flatten
+from vissl_like.config.schema import Job
+from vissl_like.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+
+#: Keys and sections that change how a run goes but not what comes out of it. A run may be continued with other values.
+IRRELEVANT = (
+    "config.VERBOSE",
+    "config.LOG_FREQUENCY",
+    "config.MULTI_PROCESSING_METHOD",
+    "config.RUN",
+    "config.DISTRIBUTED",
+    "config.MACHINE.NUM_THREADS",
+    "config.CHECKPOINT",
+    "config.LOGGERS",
+    "config.DATA.NUM_DATALOADER_WORKERS",
+    "config.DATA.PIN_MEMORY",
+    "config.DATA.TRAIN.MMAP_MODE",
+    "config.DATA.VAL.MMAP_MODE",
+    "config.DATA.TEST.MMAP_MODE",
+    "config.PIPELINE.TABLE",
+)
+
+
+def plain(job: Job) -> dict[str, Any]:
+    """The job as plain data."""
+    return job.model_dump(mode="json")
+
+
+def write_job(job: Job, run_dir: Path) -> None:
+    """Write RUN.DIR/config.yaml."""
+    text = yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True, width=120)
+    (run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_job(run_dir: Path) -> Job:
+    """The job of a run folder."""
+    file = run_dir / CONFIG_FILE
+    try:
+        return Job.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; {run_dir} is not a run folder.") from None
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{file}: cannot be read as the configuration of a run ({first}).") from error
+
+
+def relevant(job: Job, *, global_batch: int | None = None) -> dict[str, Any]:
+    """Dotted key -> value of everything that decides about the results.
+
+    With `global_batch` (images per optimizer step of a training), that number stands for the options it is made from: the
+    same steps may be made by other numbers of processes, accumulated batches and images per process.
+    """
+    found = {".".join(path): value for path, value in flatten(plain(job)) if not _is_irrelevant(".".join(path))}
+    if global_batch is not None:
+        found.pop("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA")
+        found.pop("config.OPTIMIZER.ACCUMULATE_STEPS")
+        found["images per optimizer step"] = global_batch
+    return found
+
+
+def _is_irrelevant(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in IRRELEVANT)
+
+
+def config_hash(job: Job, *, global_batch: int | None = None) -> str:
+    """16 hex digits that are equal for jobs with the same results."""
+    text = json.dumps(relevant(job, global_batch=global_batch), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line per key that differs between two results of `relevant`."""
+    nothing = "(not set)"
+    return [
+        f"{key}: there {_show(before.get(key, nothing))}, now {_show(now.get(key, nothing))}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, nothing) != now.get(key, nothing)
+    ]
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,304 @@
+"""Engine `cluster_features`: k-means on extracted features; the cluster of each image becomes its pseudo-label."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vissl_like.analysis.cluster_metrics import agreement
+from vissl_like.analysis.cluster_report import write_report_data
+from vissl_like.analysis.features import FeatureStore
+from vissl_like.analysis.kmeans import KMeansResult, Shard, assign, block_rows, kmeans, pick_backend
+from vissl_like.analysis.pca import fit_pca, fit_standardiser
+from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise, num_cores, share
+from vissl_like.config.schema import Config, Job
+from vissl_like.core import distributed, rng
+from vissl_like.core.on_main import on_main
+from vissl_like.data.dataset import is_used
+from vissl_like.data.images import ImageDataset
+from vissl_like.data.labels import write_label_files
+from vissl_like.engines.extract_features import extract_splits, features_folder, loading_of, open_split
+from vissl_like.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+#: One step of preparation: a block (b, D) -> (b, D').
+Step = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The clusters of one split: labels (n,) int64, squared distances (n,) float32."""
+
+    split: str
+    store: FeatureStore
+    labels: np.ndarray
+    distances: np.ndarray
+
+    def results(self, *, prefix: str, k: int) -> dict[str, Any]:
+        """Agreement with the data set's own classes, where it has one per image, and empty clusters."""
+        classes = self.store.labels
+        found = agreement(classes, self.labels) if classes is not None and classes.ndim == 1 else {}
+        counts = {} if prefix else {"empty_clusters": int((np.bincount(self.labels, minlength=k) == 0).sum())}
+        return {**counts, **{prefix + key: value for key, value in found.items()}}
+
+
+def run(job: Job, run_dir: Path) -> dict[str, Any]:
+    """Cluster CLUSTERFIT.FEATURES.DATA_PARTITION, assign TEST_PARTITION to its centroids. Called on every rank."""
+    config, options = job.config, job.config.CLUSTERFIT
+    rng.set_determinism(config.MACHINE.DETERMINISTIC)
+    output = output_folder(config, run_dir)
+    pick_backend(options.CLUSTER_BACKEND, device=distributed.current().device)  # before hours of extraction
+    results, folder = {}, _read_from(config, run_dir)
+    if options.FEATURES.EXTRACT:
+        results = extract_splits(config, run_dir, folder, splits=_splits_to_extract(config))
+    stores = open_stores(config, folder)
+    images = _images_of(config, stores, run_dir)
+    main_split = options.FEATURES.DATA_PARTITION
+    steps = on_main(lambda: fit_steps(config, stores[main_split]))
+    rows = {split: prepared(store, steps) for split, store in stores.items()}
+    found = cluster(config, rows[main_split], what=f"features of {main_split}")
+    assigned = [assign_split(config, store, rows[split], found) for split, store in stores.items()]
+    if distributed.is_main():
+        for one in assigned:
+            write_labels(config, one, found, output=output, is_main_split=one.split == main_split)
+        (output / "kmeans.json").write_text(json.dumps(description(config, found, assigned[0]), indent=1) + "\n")
+        write_report_data(
+            output / "report.npz", assigned[0].store, assigned[0].labels, k=options.NUM_CLUSTERS,
+            dataset=images, rows=rows[main_split], seed=_seed(config),
+        )  # fmt: skip
+        _log_clusters(found, assigned[0])
+    return results | _results(config, found, assigned)
+
+
+def output_folder(config: Config, run_dir: Path) -> Path:
+    """Where label files go; not the run folder itself, which has a manifest of its own."""
+    given = config.CLUSTERFIT.OUTPUT_DIR
+    output = Path(given).expanduser() if given else run_dir / "clusters"
+    if output.resolve() == run_dir.resolve():
+        raise ConfigError(
+            f"config.CLUSTERFIT.OUTPUT_DIR={given!r}: is the run folder itself. Use a folder below it, or leave it empty."
+        )
+    return output
+
+
+def _read_from(config: Config, run_dir: Path) -> Path:
+    """The folder of the features."""
+    options = config.CLUSTERFIT.FEATURES
+    if options.EXTRACT:
+        if options.PATH:
+            raise ConfigError(
+                f"config.CLUSTERFIT.FEATURES.PATH={options.PATH!r}: is read only with EXTRACT=false. Features are extracted to "
+                "config.EXTRACT_FEATURES.OUTPUT_DIR; set that instead, or EXTRACT=false."
+            )
+        return features_folder(config, run_dir)
+    return Path(options.PATH).expanduser() if options.PATH else run_dir / "features"
+
+
+def _splits_to_extract(config: Config) -> list[str]:
+    """DATA_PARTITION, and TEST_PARTITION if it has data."""
+    options = config.CLUSTERFIT.FEATURES
+    if not is_used(config.DATA, options.DATA_PARTITION):
+        raise ConfigError(
+            f"config.CLUSTERFIT.FEATURES.DATA_PARTITION={options.DATA_PARTITION!r}: "
+            f"config.DATA.{options.DATA_PARTITION}.DATA_SOURCES is empty. Say where its images are."
+        )
+    test = options.TEST_PARTITION
+    with_test = test and test != options.DATA_PARTITION and is_used(config.DATA, test)
+    return [options.DATA_PARTITION, test] if with_test else [options.DATA_PARTITION]
+
+
+def open_stores(config: Config, folder: Path) -> dict[str, FeatureStore]:
+    """The features of both partitions; an error if they are not of one model. The main one comes first."""
+    options = config.CLUSTERFIT.FEATURES
+    main, test = options.DATA_PARTITION, options.TEST_PARTITION
+    stores: dict[str, FeatureStore] = {main: FeatureStore.open(folder, main, options.LAYER_NAME)}
+    if not test or test == main:
+        return stores
+    if not (folder / test).is_dir():
+        if distributed.is_main():
+            log.info("no features of %s in %s: only %s gets labels", test, folder, main)
+        return stores
+    stores[test] = FeatureStore.open(folder, test, stores[main].layer)
+    for what in ("weights", "model"):
+        if stores[main].manifest["identity"].get(what) != stores[test].manifest["identity"].get(what):
+            raise DataError(
+                f"{folder}: the features of {main} and {test} come from different models ({what} differ). "
+                "Extract both with one, or set config.CLUSTERFIT.FEATURES.TEST_PARTITION=''."
+            )
+    return stores
+
+
+def _images_of(config: Config, stores: dict[str, FeatureStore], run_dir: Path) -> ImageDataset | None:
+    """The images of the clustered split, for pictures, if configured; an error if they are not those of the features."""
+    split = config.CLUSTERFIT.FEATURES.DATA_PARTITION
+    if not is_used(config.DATA, split):
+        return None
+    dataset, store = open_split(config, split, run_dir), stores[split]
+    if dataset.fingerprint != store.fingerprint:
+        raise DataError(
+            f"{store.folder}: these features belong to {store.rows} other or changed images than the {len(dataset)} of "
+            f"config.DATA.{split}. Extract them again, or configure the images that they were made from."
+        )
+    return dataset
+
+
+# ----------------------------------------------------------------------------------------------------------- preparation
+def fit_steps(config: Config, store: FeatureStore) -> list[Step]:
+    """What is done to each row before k-means, fitted on the clustered split: standardise, normalise, PCA."""
+    options, threads = config.CLUSTERFIT, config.MACHINE.NUM_THREADS or num_cores()
+    steps: list[Step] = []
+    if options.FEATURES.STANDARDIZE:
+        steps.append(fit_standardiser(store, threads=threads))
+    if options.NORMALIZE:
+        steps.append(normalise)
+    if options.FEATURES.DIMENSIONALITY_REDUCTION:
+        pca = fit_pca(
+            prepared(store, steps),
+            options.FEATURES.DIMENSIONALITY_REDUCTION,
+            whiten=options.FEATURES.PCA_WHITEN,
+            key="CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION",
+            threads=threads,
+        )
+        log.info("PCA to %d dimensions keeps %.1f %% of the variance", len(pca.components), 100 * pca.explained)
+        steps.append(pca)
+    return steps
+
+
+def prepared(rows: Rows, steps: list[Step]) -> Rows:
+    """The rows as k-means sees them."""
+    for step in steps:
+        rows = MappedRows(rows, step, dim=len(step.components) if hasattr(step, "components") else None)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ clustering
+def _seed(config: Config) -> int:
+    return config.CLUSTERFIT.SEED if config.CLUSTERFIT.SEED >= 0 else config.SEED_VALUE
+
+
+def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
+    """K-means: faiss on the main rank, or torch with the rows shared by all ranks. The result is the same either way."""
+    options, world = config.CLUSTERFIT, distributed.current()
+    backend = pick_backend(options.CLUSTER_BACKEND, device=world.device)
+    limit, order_seed = options.DATA_LIMIT, options.DATA_LIMIT_SAMPLING.SEED
+    if 0 <= limit < len(rows):
+        rows = SelectedRows(rows, np.sort(rng.permutation(order_seed, 0, len(rows))[:limit]))
+
+    def fit(threads: int, shard: Shard) -> KMeansResult:
+        return kmeans(
+            rows,
+            k=options.NUM_CLUSTERS,
+            iterations=options.NUM_ITER,
+            seed=_seed(config),
+            redo=options.NUM_REDO,
+            spherical=options.SPHERICAL,
+            backend=backend,
+            max_points_per_centroid=options.MAX_POINTS_PER_CENTROID,
+            device=world.device,
+            threads=threads,
+            shard=shard,
+            what=what,
+        )
+
+    if backend == "faiss":
+        return on_main(lambda: fit(config.MACHINE.NUM_THREADS or num_cores(), Shard()))
+    return fit(loading_of(config).threads, Shard(world.rank, world.size, distributed.all_reduce_sum))
+
+
+def assign_split(config: Config, store: FeatureStore, rows: Rows, found: KMeansResult) -> Assigned:
+    """The nearest centroid of every row; each rank takes whole blocks."""
+    world, size = distributed.current(), block_rows(len(found.centroids))
+    first, last = share(-(-len(rows) // size), rank=world.rank, size=world.size)
+    part = (first * size, min(last * size, len(rows)))
+    threads = loading_of(config).threads
+    gathered = distributed.all_gather_object(
+        assign(rows, found.centroids, part=part, device=world.device, threads=threads)
+    )
+    labels, distances = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    return Assigned(store.manifest["split"], store, labels, distances)
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+def write_labels(config: Config, one: Assigned, found: KMeansResult, *, output: Path, is_main_split: bool) -> None:
+    """The label files of one split, and for the clustered one also labels.npy, images.npy and manifest.json."""
+    store, options = one.store, config.CLUSTERFIT
+    name = options.FEATURES.DATASET_NAME or store.manifest["dataset"]["name"]
+    k, dim = found.centroids.shape
+    prefix = f"{name}_{one.split.lower()}_{store.layer}_N{k}_D{dim}".replace("/", "_")
+    inputs = {
+        "split": one.split,
+        "layer": store.layer,
+        "features": {"fingerprint": store.fingerprint, **store.manifest["identity"]},
+        "seed": _seed(config),
+        "backend": found.backend,
+    }
+    for name_of_files in [prefix, *([""] if is_main_split else [])]:
+        write_label_files(
+            output,
+            prefix=name_of_files,
+            labels=one.labels,
+            paths=store.paths,
+            root=store.manifest["dataset"]["root"],
+            fingerprint=store.fingerprint,
+            num_clusters=k,
+            stamps=store.stamps,
+            centroids=found.centroids if name_of_files else None,
+            distances=one.distances if name_of_files else None,
+            extra=inputs,
+        )
+
+
+def description(config: Config, found: KMeansResult, main: Assigned) -> dict[str, Any]:
+    """kmeans.json: how the clusters were found, and their sizes."""
+    options = config.CLUSTERFIT
+    sizes = np.bincount(main.labels, minlength=options.NUM_CLUSTERS)
+    return {
+        "backend": found.backend,
+        "num_clusters": options.NUM_CLUSTERS,
+        "dim": int(found.centroids.shape[1]),
+        "rows": len(main.labels),
+        "rows_trained_on": found.num_points,
+        "seed": _seed(config),
+        "num_redo": options.NUM_REDO,
+        "spherical": options.SPHERICAL,
+        "normalize": options.NORMALIZE,
+        "standardize": options.FEATURES.STANDARDIZE,
+        "pca": options.FEATURES.DIMENSIONALITY_REDUCTION,
+        "objective": found.objective,
+        "empty_clusters_split": found.num_splits,
+        "sizes": sizes.tolist(),
+        "empty": np.flatnonzero(sizes == 0).tolist(),
+        "seconds": found.seconds,
+    }
+
+
+def _results(config: Config, found: KMeansResult, assigned: list[Assigned]) -> dict[str, Any]:
+    """Flat results; nmi, ari and purity in percent."""
+    k = config.CLUSTERFIT.NUM_CLUSTERS
+    results: dict[str, Any] = {
+        "kmeans_objective": found.objective[-1],
+        "kmeans_iterations": len(found.objective),
+        "kmeans_backend": found.backend,
+        "num_clusters": k,
+        **assigned[0].results(prefix="", k=k),
+    }
+    for other in assigned[1:]:
+        results |= other.results(prefix=f"{other.split.lower()}_", k=k)
+    return results
+
+
+def _log_clusters(found: KMeansResult, main: Assigned) -> None:
+    sizes = np.bincount(main.labels, minlength=len(found.centroids))
+    log.info(
+        "k-means (%s): %d iterations, objective %.6g -> %.6g, %d rows trained on; cluster sizes: smallest %d, median %d, "
+        "largest %d; %d empty",
+        found.backend, len(found.objective), found.objective[0], found.objective[-1], found.num_points,
+        sizes.min(), int(np.median(sizes)), sizes.max(), int((sizes == 0).sum()),
+    )  # fmt: skip

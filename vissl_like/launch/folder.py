@@ -1,0 +1,209 @@
+"""The run folder: whether it may be used, what the launcher writes into it, and whether its run is finished."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vissl_like import __version__
+from vissl_like.config.plan import Plan, write_plan
+from vissl_like.config.rules import check_files
+from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
+from vissl_like.config.schema import Job
+from vissl_like.errors import ConfigError, DataError
+
+LAUNCH_FILE = "launch.json"
+MANIFEST_FILE = "manifest.json"
+RESULTS_FILE = "results.json"
+PLAN_FILE = "plan.json"
+
+#: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
+OUTPUTS = (
+    *(CONFIG_FILE, LAUNCH_FILE, PLAN_FILE, RESULTS_FILE, MANIFEST_FILE, "environment.json", "log.txt", "metrics.jsonl"),
+    *("weights_report.json", "weights_report.txt", "bad_images.txt", "report.html", "table.json", "wandb_id.txt"),
+    *("checkpoints", "figures", "replay", "features", "clusters", "predictions", "tb_logs", ".errors"),
+)
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What a job was made from, for launch.json; `config_dirs` are the folders of --config-dir."""
+
+    recipe: str | None = None
+    presets: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    config_dirs: list[str] = field(default_factory=list)
+
+
+def default_dir(job: Job, recipe: str | None) -> Path:
+    """RUN.DIR, or runs/<recipe> where it is empty."""
+    return Path(job.config.RUN.DIR).expanduser() if job.config.RUN.DIR else Path("runs", recipe or job.engine_name)
+
+
+def with_run_dir(job: Job, run_dir: Path) -> Job:
+    """The job with RUN.DIR filled in."""
+    run = job.config.RUN.model_copy(update={"DIR": str(run_dir)})
+    return job.model_copy(update={"config": job.config.model_copy(update={"RUN": run})})
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether a run has been started in this folder."""
+    return (run_dir / CONFIG_FILE).is_file()
+
+
+def check_reuse(job: Job, plan: Plan, run_dir: Path) -> None:
+    """Refuse a folder with the run of another configuration, naming every key that differs."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: this is a file. Choose a folder.")
+    if not is_run(run_dir) or job.config.RUN.OVERWRITE:
+        return
+    cure = "Choose another config.RUN.DIR, or start anew there with config.RUN.OVERWRITE=true."
+    try:
+        before = read_job(run_dir)
+    except ConfigError as error:
+        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: {error} {cure}") from error
+    there = relevant(before, global_batch=_global_batch(before, _stored_batch(run_dir)))
+    different = differences(there, relevant(job, global_batch=_global_batch(job, plan.global_batch)))
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r} holds a run with another configuration:\n{lines}\n{cure}")
+
+
+def _global_batch(job: Job, images: int | None) -> int | None:
+    return images if job.engine_name == "train" else None
+
+
+def _stored_batch(run_dir: Path) -> int | None:
+    return read_json(run_dir / PLAN_FILE).get("values", {}).get("global_batch")
+
+
+def finished(job: Job, run_dir: Path) -> dict[str, Any] | None:
+    """The results of the finished run in this folder, or None. Its inputs must not have changed since."""
+    manifest = read_json(run_dir / MANIFEST_FILE)
+    if job.config.RUN.OVERWRITE or not manifest.get("complete") or manifest.get("engine") != job.engine_name:
+        return None
+    now = input_fingerprints(job)
+    changed = [path for path, known in manifest.get("inputs", {}).items() if now.get(path) != known]
+    if changed:
+        raise DataError(
+            f"config.RUN.DIR={str(run_dir)!r} holds a finished run, but what it was made from has changed since: "
+            f"{', '.join(changed)}. Choose another config.RUN.DIR, or start anew there with config.RUN.OVERWRITE=true."
+        )
+    return read_json(run_dir / RESULTS_FILE)
+
+
+def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
+    """Make the folder (empty of former outputs if RUN.OVERWRITE) and write what ranks and the report read."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if job.config.RUN.OVERWRITE and is_run(run_dir):
+            _remove_outputs(run_dir)
+        (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / ".errors", ignore_errors=True)
+        write_job(job, run_dir)
+        content = {**asdict(info), "version": __version__, "started": _now()}
+        write_json(run_dir / LAUNCH_FILE, content)
+        write_plan(plan, run_dir)
+    except OSError as error:
+        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot write there ({error}).") from error
+
+
+def _remove_outputs(run_dir: Path) -> None:
+    for name in OUTPUTS:
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def complete(job: Job, plan: Plan, run_dir: Path, *, results: dict[str, Any], seconds: float) -> None:
+    """Write results.json and, last, manifest.json: the run is finished."""
+    write_json(run_dir / RESULTS_FILE, results)
+    manifest = {
+        "engine": job.engine_name,
+        "config_hash": config_hash(job, global_batch=_global_batch(job, plan.global_batch)),
+        "inputs": input_fingerprints(job),
+        "complete": True,
+        "finished": _now(),
+        "seconds": round(seconds, 2),
+    }
+    write_json(run_dir / MANIFEST_FILE, manifest)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+#: Files up to this size are hashed whole, larger ones by size and both ends.
+_WHOLE_BYTES = 64 * 2**20
+_END_BYTES = 2**20
+
+
+def input_fingerprints(job: Job) -> dict[str, str]:
+    """Path -> fingerprint of everything the job reads. A file's changes with its bytes, a folder's with its entries."""
+    own = str(Path(job.config.RUN.DIR or ".").absolute())
+    return {
+        path: fingerprint(Path(path).expanduser())
+        for path in check_files(job)
+        if not str(Path(path).expanduser().absolute()).startswith(own + os.sep)
+    }
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits. A run or feature folder counts as its manifest, another folder as the names in and below it."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        manifest = path / MANIFEST_FILE
+        for piece in [manifest.read_bytes()] if manifest.is_file() else _entries(path):
+            digest.update(piece)
+        return digest.hexdigest()[:16]
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _WHOLE_BYTES:
+            while block := file.read(_END_BYTES):
+                digest.update(block)
+        else:
+            digest.update(file.read(_END_BYTES))
+            file.seek(-_END_BYTES, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _entries(folder: Path) -> Iterator[bytes]:
+    """Names at the top, and how many entries each sub-folder has: quick for a million images."""
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        count = len(os.listdir(entry.path)) if entry.is_dir() else 0
+        yield f"{entry.name}\0{count}\n".encode("utf-8", "surrogateescape")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none or it is torn."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is either whole or not there."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as plain ones."""
+    return value.item() if hasattr(value, "item") else str(value)

@@ -1,0 +1,177 @@
+"""One process of a run: joins the others, runs the engine, says how it ended. It reads config.yaml and never composes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vissl_like import errors, registry
+from vissl_like.config.plan import PLAN_FILE
+from vissl_like.config.saved import read_job
+from vissl_like.config.schema import Job
+from vissl_like.errors import Stopped, UserError
+from vissl_like.launch import logs
+
+log = logging.getLogger(__name__)
+
+#: Sub-folder of the run folder in which ranks leave the reason of their end; removed when the launcher has read it.
+ERRORS_DIR = ".errors"
+STOPPED = "stopped"
+#: Engines that launch others and need no processes of their own.
+RUNS_IN_LAUNCHER = ("pipeline",)
+
+
+@dataclass(frozen=True)
+class RankError:
+    """Why a rank ended. `kind` is the class name; `place` is file:line of a defect."""
+
+    rank: int
+    kind: str
+    message: str
+    exit_code: int
+    place: str
+    time: float
+
+
+class RunFailed(Exception):
+    """A rank was killed or met a defect. The message says what is known; the log file holds the traceback."""
+
+    exit_code = errors.EXIT_DEFECT
+
+
+def run_rank(run_dir: str) -> dict[str, Any]:
+    """Run the engine of a run folder in a process of its own, one of those that the environment describes.
+
+    Returns the engine's results, or {"stopped": message} if a signal ended it after saving. Any other end is written
+    down for the launcher and raised.
+    """
+    folder = Path(run_dir)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        job = read_job(folder)
+        logs.to_console(verbose=job.config.VERBOSE, rank=rank)
+        with logs.to_file(folder) if rank == 0 else contextlib.nullcontext():
+            results = run_engine(job, folder)
+        return results if rank == 0 else {}
+    except Stopped as stop:
+        _leave_word(folder, rank, stop)
+        return {STOPPED: str(stop)}
+    except Exception as error:
+        _leave_word(folder, rank, error)
+        raise
+
+
+def run_engine(job: Job, run_dir: Path) -> dict[str, Any]:
+    """Join the other processes, run the engine, leave them again."""
+    load_plugins(job.config.PLUGINS)
+    engine = registry.resolve("engine", job.engine_name, key="engine_name")
+    if job.engine_name in RUNS_IN_LAUNCHER:
+        return engine(job, run_dir)
+    import torch
+
+    from vissl_like.core import distributed
+
+    values = json.loads((run_dir / PLAN_FILE).read_text(encoding="utf-8"))["values"]
+    options = job.config.DISTRIBUTED
+    distributed.start(device=values["device"], backend=options.BACKEND, timeout_s=options.TIMEOUT_S)
+    torch.set_num_threads(values["num_threads"])
+    with _interrupt_is_a_request():
+        results = engine(job, run_dir)
+    distributed.shutdown()
+    return results
+
+
+def load_plugins(modules: list[str]) -> None:
+    """Import the modules of config.PLUGINS; they may lie in the working directory."""
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    registry.load_plugins(modules)
+
+
+@contextlib.contextmanager
+def _interrupt_is_a_request() -> Iterator[None]:
+    """Ctrl-C asks the loop to save and stop, as SIGTERM does, where the loop listens; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    asked = False
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        is_listening = callable(signal.getsignal(signal.SIGTERM))
+        if asked or not is_listening:
+            raise KeyboardInterrupt
+        asked = True
+        log.info("stopping at the next step; press Ctrl-C again to stop at once without saving")
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------------- how it ended
+def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
+    """Write RUN.DIR/.errors/rank_K.json, and the traceback of a defect into log.txt."""
+    is_defect = not isinstance(error, UserError | Stopped)
+    word = RankError(
+        rank=rank,
+        kind=type(error).__name__,
+        message=str(error),
+        exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
+        place=place_of(error) if is_defect else "",
+        time=time.time(),
+    )
+    with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        if is_defect:
+            logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
+        folder = run_dir / ERRORS_DIR
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
+
+
+def place_of(error: BaseException) -> str:
+    """file:line of the innermost line of ours that a traceback names, else of the innermost line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}vissl_like{os.sep}" in frame.filename] or frames
+    if not ours:
+        return "?"
+    name = ours[-1].filename
+    start = name.rfind(f"{os.sep}vissl_like{os.sep}")
+    return f"{name[start + 1 :] if start >= 0 else name}:{ours[-1].lineno}"
+
+
+def left_words(run_dir: Path) -> list[RankError]:
+    """What the ranks wrote down, the first to fail first."""
+    found = []
+    for file in (run_dir / ERRORS_DIR).glob("rank_*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # written in the moment of death
+            found.append(RankError(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda word: word.time)
+
+
+def as_exception(word: RankError) -> Exception:
+    """The error of a rank as it is to be shown: a mistake of the user as itself, anything else as RunFailed."""
+    if word.place:
+        return RunFailed(
+            f"{word.kind} on rank {word.rank}: {word.message} ({word.place}). The traceback is in log.txt."
+        )
+    kind = getattr(errors, word.kind, UserError)
+    error: Exception = kind(word.message) if issubclass(kind, UserError) else UserError(word.message)
+    error.exit_code = word.exit_code  # type: ignore[attr-defined]
+    return error
