@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python tools/make_docs.py --check
 
 bench: $(VENV)/.installed-dev
-	@for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(wildcard benchmarks/[!_]*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 docs: $(VENV)/.installed-demo
 	$(BIN)/python tools/make_docs.py

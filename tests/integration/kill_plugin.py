@@ -1,13 +1,14 @@
 """A plugin for tests: the task `supervised_mortal` is `supervised`, but its process may die at a chosen step.
 
 KILL_AFTER=n kills -9 in the n-th step of this process, KILL_DELAY_S seconds later (so that it may strike while a
-checkpoint is being written). SIGNAL_AFTER=n sends SIGTERM to the parent's whole process group instead.
+checkpoint is being written). SIGNAL_AFTER=n has SIGTERM sent to the whole process group instead, as clusters do.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ class Mortal(Supervised):
         if str(Mortal.steps) == os.environ.get("KILL_AFTER"):
             threading.Thread(target=die, args=[float(os.environ.get("KILL_DELAY_S", "0"))], daemon=True).start()
         if str(Mortal.steps) == os.environ.get("SIGNAL_AFTER"):
-            os.killpg(os.getpgrp(), signal.SIGTERM)
+            # By another process: PyTorch's loaders treat a signal from their parent otherwise.
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
         return super().forward(batch)
 
 

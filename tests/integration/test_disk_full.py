@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.training_runs import assert_same_course, environment, launch
+from tests.integration.training_runs import assert_same_course, launch
 from vissl_like.core import checkpoint
 
 OPTIONS = ["config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.KEEP=1"]
@@ -42,7 +42,7 @@ def fill(disk: Path) -> Path:
 
 def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, tmp_path: Path) -> None:
     run_dir = small_disk / "run"
-    killed = launch(run_dir, *OPTIONS, env=environment(KILL_AFTER="8"))
+    killed = launch(run_dir, *OPTIONS, env={"KILL_AFTER": "8"})
     assert killed.returncode == -9, killed.stderr
     assert checkpoint.saved_steps(run_dir) == [6]
 

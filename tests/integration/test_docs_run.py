@@ -45,7 +45,7 @@ RUNNABLE = [block for page in PAGES for block in blocks(page) if (block.language
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout as a reader has it: tools/, the command, the files of the pages, a few images and a weights file."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("tools", "configs", "vissl_like"):
+    for name in ("tools", "vissl_like"):
         (folder / name).symlink_to(ROOT / name)
     command(folder / "bin" / "python", f'exec "{sys.executable}" "$@"')
     command(folder / "bin" / "vissl-like", f'exec "{sys.executable}" "{ROOT}/tools/run_distributed_engines.py" "$@"')
@@ -54,7 +54,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for page in PAGES:
         for block in blocks(page):
             if block.word.startswith("file="):
-                (folder / block.word.removeprefix("file=")).write_text(block.text, encoding="utf-8")
+                path = folder / block.word.removeprefix("file=")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(block.text, encoding="utf-8")
     return folder
 
 
@@ -66,7 +68,7 @@ def command(path: Path, line: str) -> None:
 
 def write_images(folder: Path) -> None:
     random = np.random.default_rng(0)
-    for row in range(24):
+    for row in range(12):
         path = folder / ("cats", "dogs")[row % 2] / f"{row:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 255, (48, 56, 3), dtype=np.uint8)).save(path)

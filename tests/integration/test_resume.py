@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import random
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.integration.training_runs import ROOT, assert_same_course, environment, launch, losses, records
+from tests.integration.training_runs import assert_same_course, launch, losses, records
 from vissl_like.core import checkpoint
 
 KILLS, EPOCHS = 20, 12
@@ -26,24 +25,21 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.slow
 def test_killed_twenty_times_at_random_steps(tmp_path: Path) -> None:
-    """Loader processes 0 and 2 alternate; kills also strike while a checkpoint is being written."""
-    driver = [sys.executable, "-m", "tests.integration.kill_driver"]
-    folders = [str(tmp_path / name) for name in ("reference", "run", "output.txt")]
-    done = subprocess.run(
-        [*driver, *folders, str(KILLS), str(EPOCHS)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    output = (tmp_path / "output.txt").read_text()
-    assert done.returncode == 0, done.stderr + output
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["killed"] == KILLS and report["codes"][0] == report["codes"][-1] == 0, (report, output)
-    assert len(losses(tmp_path / "run")) == EPOCHS * 6
+    """Loader processes 2 and 0 alternate; kills also strike while a checkpoint is being written."""
+    chance = random.Random(0)
+    options = ["config.CHECKPOINT.EVERY_STEPS=2", f"config.OPTIMIZER.NUM_EPOCHS={EPOCHS}"]
+    assert launch(tmp_path / "reference", *options).returncode == 0
+    begun = []
+    for number in range(KILLS):
+        env = {"KILL_AFTER": str(chance.randint(1, 4)), "KILL_DELAY_S": str(chance.choice([0, 0, 0.005, 0.02]))}
+        workers = f"config.DATA.NUM_DATALOADER_WORKERS={0 if number % 2 else 2}"
+        killed = launch(tmp_path / "run", *options, workers, env=env)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        begun.append(len(losses(tmp_path / "run")))
+    done = launch(tmp_path / "run", *options, "config.DATA.NUM_DATALOADER_WORKERS=2")
+    assert done.returncode == 0, done.stderr
+    assert begun[-1] > 20 and len(losses(tmp_path / "run")) == EPOCHS * 6, begun
     assert_same_course(tmp_path / "run", tmp_path / "reference")
     names = os.listdir(tmp_path / "run" / "checkpoints")
     assert not [name for name in names if name.startswith(".")], names
@@ -53,7 +49,7 @@ def test_killed_twenty_times_at_random_steps(tmp_path: Path) -> None:
 def test_torn_newest_checkpoint(tmp_path: Path, reference: Path, harm: str) -> None:
     run_dir = tmp_path / "run"
     options = ["config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.EVERY_STEPS=2"]
-    killed = launch(run_dir, *options, env=environment(KILL_AFTER="9"))
+    killed = launch(run_dir, *options, env={"KILL_AFTER": "9"})
     assert killed.returncode == -9, killed.stderr
     steps = checkpoint.saved_steps(run_dir)
     file = run_dir / "checkpoints" / checkpoint.step_name(steps[-1]) / "training.safetensors"
@@ -77,7 +73,7 @@ def test_signal_to_everything_saves_and_resumes(tmp_path: Path, reference: Path,
     """A cluster sends SIGTERM to every process of a job, loader processes included."""
     run_dir = tmp_path / "run"
     options = ["config.OPTIMIZER.NUM_EPOCHS=3", f"config.DATA.NUM_DATALOADER_WORKERS={workers}"]
-    stopped = launch(run_dir, *options, env=environment(SIGNAL_AFTER="10"))
+    stopped = launch(run_dir, *options, env={"SIGNAL_AFTER": "10"})
     assert stopped.returncode == 75, stopped.stderr
     assert "SIGTERM" in stopped.stderr and "same command goes on" in stopped.stderr
     assert checkpoint.saved_steps(run_dir)[-1] in (10, 11)

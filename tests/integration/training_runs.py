@@ -1,18 +1,20 @@
-"""Small real trainings, launched as a user would, and how to compare two of them."""
+"""Small real trainings, launched with the arguments of the command line, and how to compare two of them."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-ENTRY = ROOT / "tools" / "run_distributed_engines.py"
 TIMES = ("images_per_s", "data_wait_share")
 
 #: 48 images, 6 steps an epoch, random crops, dropout in the head, momentum, an average of the weights.
@@ -22,7 +24,7 @@ SMALL = [
     "config.TASK.NAME=supervised_mortal",
     "config.DATA.TRAIN.NUM_SYNTHETIC=48",
     "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8",
-    'config.MODEL.HEAD.PARAMS=[["mlp",{"dims":[auto,32,auto],"use_dropout":true}]]',
+    "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[auto,32,auto],use_dropout:true}]]",
     "config.MODEL.EMA.ENABLED=true",
     "config.MULTI_PROCESSING_METHOD=fork",
     "config.RUN.REPORT=false",
@@ -30,23 +32,39 @@ SMALL = [
 ]
 
 
-def environment(**more: str) -> dict[str, str]:
-    """What a run sees: this tree, the plugin, one thread, no test settings of an outer run."""
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def launch(run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> Ended:
+    """Run SMALL with these overrides, to its end; `env`: further environment variables (see kill_plugin)."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = {name: os.path.join(folder, name) for name in ("stdout", "stderr")}
+        argv = [*SMALL, *overrides, f"config.RUN.DIR={run_dir}"]
+        process = _server()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"argv": argv, "env": env or {}, **output}) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return Ended(code, *(Path(output[name]).read_text(errors="replace") for name in ("stdout", "stderr")))
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """The process that runs are forked from; it ends when its stdin is closed, with this process."""
     paths = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
-    kept = {key: value for key, value in os.environ.items() if key not in ("KILL_AFTER", "SIGNAL_AFTER")}
-    return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | more
-
-
-def launch(run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run SMALL with these overrides to its end, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(ENTRY), *SMALL, *overrides, f"config.RUN.DIR={run_dir}"],
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
         cwd=ROOT,
-        env=env or environment(),
-        capture_output=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
-        start_new_session=True,
     )
 
 
@@ -57,7 +75,12 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def losses(run_dir: Path) -> list[float]:
+    """The loss of every step."""
     return [line["loss"] for line in records(run_dir) if line["kind"] == "train"]
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "results.json").read_text())
 
 
 def assert_same_course(run_dir: Path, reference: Path) -> None:

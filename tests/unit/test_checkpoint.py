@@ -167,6 +167,14 @@ def test_weights_of_a_run_folder_or_a_step(tmp_path: Path) -> None:
         checkpoint.load_model_state(tmp_path / "elsewhere")
 
 
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    with pytest.raises(WeightsError, match=r"(?s)does not fit this model.*a\.weight"):
+        saved.load_into(torch.nn.Linear(3, 2))
+
+
 def test_failed_save_leaves_the_older_one(tmp_path: Path) -> None:
     """A limit on the size of files stands for a disk that fills up in the middle of a file."""
     save(tmp_path, 10)

@@ -73,7 +73,7 @@ def rows_as_batch(rows: Any) -> dict[str, torch.Tensor]:
 
 
 def train_feed(batch: int, accumulate: int, on_batch: Any = None) -> Any:
-    def batches(epoch: int, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(epoch: int, first_step: int, in_process: bool) -> Iterator[dict[str, torch.Tensor]]:
         rows = rng.permutation(0, epoch, N)
         shape = {"batch_per_rank": batch, "accumulate": accumulate, "size": 1}
         for step in range(first_step, order.steps_per_epoch(N, batch, accumulate, 1, False)):
@@ -85,9 +85,13 @@ def train_feed(batch: int, accumulate: int, on_batch: Any = None) -> Any:
     return batches
 
 
+def all_rows() -> Iterator[dict[str, torch.Tensor]]:
+    return (rows_as_batch(range(i, min(i + 7, N))) for i in range(0, N, 7))
+
+
 def make(
     run_dir: Path, *, batch: int = 8, accumulate: int = 1, epochs: int = 2, dropout: float = 0.3, ema: bool = False,
-    on_batch: Any = None, optimizer: Optimizer | None = None, test: bool = True, **options: Any,
+    on_batch: Any = None, optimizer: Optimizer | None = None, test: Any = None, **options: Any,
 ) -> tuple[Training, Lines]:  # fmt: skip
     rng.seed_model(0)
     model = Net(dropout)
@@ -108,7 +112,7 @@ def make(
         feed=Feed(
             train=train_feed(batch, accumulate, on_batch),
             to_input=lambda images: images,
-            test=(lambda: (rows_as_batch(range(i, min(i + 7, N))) for i in range(0, N, 7))) if test else None,
+            test=all_rows if test is None else (test or None),
             identity={"global batch": batch * accumulate},
         ),
         options=opened,
@@ -226,17 +230,13 @@ def test_signal_saves_at_the_next_step_and_stops(tmp_path: Path) -> None:
 
 
 def test_signal_during_the_test_keeps_the_epoch(tmp_path: Path) -> None:
-    training, _ = make(tmp_path, save_every_epochs=0)
-    plain = training.feed.test
-
     def interrupted() -> Iterator[Any]:
-        assert plain is not None
-        for number, batch in enumerate(plain()):
+        for number, batch in enumerate(all_rows()):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 
-    object.__setattr__(training.feed, "test", interrupted)
+    training, _ = make(tmp_path, save_every_epochs=0, test=interrupted)
     with pytest.raises(Stopped, match="SIGUSR1"):
         training.run()
     saved = checkpoint.newest(tmp_path)
@@ -385,15 +385,13 @@ def test_no_epochs_leave_the_initial_weights_and_one_test(tmp_path: Path) -> Non
 
 
 def test_unreadable_rows_do_not_count_in_the_test(tmp_path: Path) -> None:
-    training, _ = make(tmp_path, epochs=0)
-
     def marked() -> Iterator[Any]:
         for start in range(0, N, 10):
             batch = rows_as_batch(range(start, start + 10))
             batch["valid"][:9] = False
             yield batch
 
-    object.__setattr__(training.feed, "test", marked)
+    training, _ = make(tmp_path, epochs=0, test=marked)
     loss = training.run()["test_loss"]
     rows = list(range(9, N, 10))
     by_hand = nn.functional.cross_entropy(training.model.eval()(IMAGES[rows])[0], LABELS[rows]).item()

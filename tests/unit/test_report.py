@@ -157,7 +157,7 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     assert RunFolder(run_dir).status == ("bad", "stopped: the loss was not finite")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.just("<script>alert(1)</script>\"'&"))
 def test_any_text_is_shown_as_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"engine_name": text, "config": {"RUN": {"NAME": text}}}))

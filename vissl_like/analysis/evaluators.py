@@ -5,9 +5,12 @@ Letters: n rows, D dimensions, C classes, Q queries of a block, K neighbours. Ev
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,17 +172,25 @@ def linear_probe(
 
     The C with the most hits on `val` is used (the smallest of equals); without `val` a tenth of the training rows, drawn
     by `seed`, is held out to choose, and the probe is then fitted to all of them. Holds the training rows in memory.
+    `threads` fits run at once, each in one thread: BLAS threads would make them slower and change their bits.
     """
     train, test = train.known(), test.known()
     val = val.known() if val is not None else None
     if standardize:
         train, test, val = _standardise(train, test, val, threads=threads)
-    c = c_values[0]
-    if len(c_values) > 1:
-        fit_on, choose_on = (train, val) if val is not None else _hold_out(train, seed=seed)
-        trials = [_fit_and_score(fit_on, choose_on, c=value, max_iter=max_iter, threads=threads) for value in c_values]
-        c = min(zip(c_values, trials, strict=True), key=lambda pair: (-pair[1].top1, pair[0]))[0]
-    return _fit_and_score(train, test, c=c, max_iter=max_iter, threads=threads)
+    fit_on, choose_on = (train, val) if val is not None or len(c_values) == 1 else _hold_out(train, seed=seed)
+    x, y = fit_on.arrays()
+    with _single_threaded_blas():
+        probes = list(each(lambda c: _fit(x, y, c=c, max_iter=max_iter), c_values, threads=threads or num_cores()))
+        chosen = 0
+        if choose_on is not None and len(c_values) > 1:
+            hits = [_score(probe, choose_on).top1 for probe in probes]
+            chosen = min(range(len(hits)), key=lambda i: (-hits[i], c_values[i]))
+        c, probe = c_values[chosen], probes[chosen]
+        if fit_on is not train:
+            probe = _fit(*train.arrays(), c=c, max_iter=max_iter)
+        score = _score(probe, test)
+    return Score(score.top1, score.top5, score.total, c)
 
 
 def low_shot(
@@ -195,8 +206,15 @@ def low_shot(
 ) -> list[Score]:
     """Logistic regression on `samples_per_class` labels of each class, once per draw; rows are standardised by `train`."""
     train, test, _ = _standardise(train.known(), test.known(), None, threads=threads)
-    drawn = [draw_per_class(train.labels, samples_per_class, seed=seed, draw=draw) for draw in range(num_draws)]
-    return [_fit_and_score(train.select(rows), test, c=c, max_iter=max_iter, threads=threads) for rows in drawn]
+    test = Labelled(resident(test.rows), test.labels)
+
+    def one(draw: int) -> Score:
+        rows = draw_per_class(train.labels, samples_per_class, seed=seed, draw=draw)
+        score = _score(_fit(*train.select(rows).arrays(), c=c, max_iter=max_iter), test)
+        return Score(score.top1, score.top5, score.total, c)
+
+    with _single_threaded_blas():
+        return list(each(one, range(num_draws), threads=threads or num_cores()))
 
 
 def draw_per_class(labels: np.ndarray, samples: int, *, seed: int, draw: int) -> np.ndarray:
@@ -228,32 +246,42 @@ def _hold_out(train: Labelled, *, seed: int) -> tuple[Labelled, Labelled]:
     return train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
 
 
-def _fit_and_score(train: Labelled, test: Labelled, *, c: float, max_iter: int, threads: int) -> Score:
-    from sklearn.exceptions import ConvergenceWarning
+@contextlib.contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """One BLAS thread per operation, and no warnings of scikit-learn about convergence: ours says more."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _fit(x: np.ndarray, y: np.ndarray, *, c: float, max_iter: int) -> Any:
+    """A logistic regression on x (n, D) float64, y (n,)."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    x, y = train.arrays()
     if len(np.unique(y)) < 2:
         raise DataError("a linear probe needs labels of at least two classes in the training split.")
-    with threadpool_limits(threads or num_cores()), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with threadpool_limits(1):  # OpenMP keeps a limit per calling thread, so the one around all fits does not reach here
         probe = LogisticRegression(C=c, max_iter=max_iter).fit(x, y)
-        del x
-        rankings = [_rank_classes(probe, test.rows.read(*span)) for span in spans(len(test.labels), 4096)]
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+    if int(probe.n_iter_.max()) >= max_iter:
         logger.warning("the probe with C=%g stopped at MAX_ITER=%d before it had converged", c, max_iter)
-    score = score_ranking(np.concatenate(rankings), test.labels)
-    return Score(score.top1, score.top5, score.total, c)
+    return probe
 
 
-def _rank_classes(probe: object, block: np.ndarray) -> np.ndarray:
+def _score(probe: Any, test: Labelled) -> Score:
+    rankings = [_rank_classes(probe, test.rows.read(*span)) for span in spans(len(test.labels), 4096)]
+    return score_ranking(np.concatenate(rankings), test.labels)
+
+
+def _rank_classes(probe: Any, block: np.ndarray) -> np.ndarray:
     """Class labels by decision value, best first; of equals the lower class. (b, min(5, C))."""
-    values = probe.decision_function(block.astype(np.float64))  # type: ignore[attr-defined]
+    values = probe.decision_function(block.astype(np.float64))
     if values.ndim == 1:  # two classes: one value, for the second
         values = np.stack([-values, values], axis=1)
     order = np.argsort(-values, axis=1, kind="stable")[:, :5]
-    return probe.classes_[order]  # type: ignore[attr-defined, no-any-return]
+    return probe.classes_[order]
 
 
 def cost_grid(costs: list[float], *, base: float = -1.0, power_range: tuple[int, int] = (4, 20)) -> list[float]:

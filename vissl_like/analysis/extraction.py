@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from vissl_like.analysis.features import MANIFEST, FeatureWriter, Subject
 from vissl_like.analysis.rows import each, share, spans
 from vissl_like.config.schema_data import ExtractFeatures
-from vissl_like.core import distributed, rng
+from vissl_like.core import distributed, rng, signals
 from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import row_batches
+from vissl_like.errors import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,13 @@ def extract(
         mine = pending[first:last]
         batches = loading.batches(dataset, [np.arange(*writer.blocks[block]) for block in mine])
         found = outputs(model, batches, trunk_features, to_input=dataset.device_transform, loading=loading)
-        for done, (block, (read, features)) in enumerate(zip(mine, found, strict=True), 1):
-            writer.write(block, features, valid=read["valid"].numpy())
-            progress(done, len(mine))
+        with signals.listen() as stop:
+            for done, (block, (read, features)) in enumerate(zip(mine, found, strict=True), 1):
+                writer.write(block, features, valid=read["valid"].numpy())
+                progress(done, len(mine))
+                if stop.requested:
+                    writer.close()
+                    raise Stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
         writer.close()
         rows_done = sum(stop - start for start, stop in (writer.blocks[block] for block in pending))
         dataset.write_bad_images()

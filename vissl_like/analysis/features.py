@@ -144,7 +144,7 @@ class FeatureWriter:
     def _put(self, file: Path, array: np.ndarray, *, row: int) -> None:
         """Write rows in place. By pwrite, not through a map: a full disk is then an error and not a bus error."""
         handle, offset = self._open(file)
-        data = memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+        data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
         position = offset + row * (len(data) // len(array))
         try:
             while data:

@@ -285,8 +285,8 @@ IGNORED |= {
 
 def translate(path: Path, value: Any) -> Translation | None:
     """What the old key `path` (with its leading `config`) says in our words; None if it is no old name."""
-    if path[:1] != ("config",) or len(path) < 2:
-        return None
+    if path[:1] != ("config",):
+        return _root(".".join(path), value)
     old = ".".join(path[1:])
     if old in MOVED:
         return _moved(old, MOVED[old], value)
@@ -297,6 +297,18 @@ def translate(path: Path, value: Any) -> Translation | None:
     if old in IGNORED:
         return Translation(note=f"config.{old} is ignored: {IGNORED[old]}.")
     return _by_section(old, value)
+
+
+def _root(old: str, value: Any) -> Translation | None:
+    """Old keys beside `config`."""
+    if old == "node_id":
+        note = "node_id is an old name of config.DISTRIBUTED.NODE_ID."
+        return Translation(((_path("DISTRIBUTED.NODE_ID"), value),), note)
+    if old == "VERSION":
+        return Translation(note=f"VERSION is ignored: {IGNORED['VERSION']}.")
+    if old.split(".")[0] == "hydra":
+        return Translation(note=f"{old} is ignored: Hydra's own options are not used.")
+    return None
 
 
 def translate_value(path: Path, value: Any) -> Translation | None:

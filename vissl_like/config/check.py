@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from vissl_like.config import aliases, compose, reference, rules, schema
+from vissl_like.config import aliases, components, compose, reference, rules, schema
 from vissl_like.config.recipes import KeyPath, Leaf, Library, Recipe, current_library, flatten, new_library
 from vissl_like.config.schema import Job
 from vissl_like.config.spelling import FAR, is_part, nearest, nearest_paths
 from vissl_like.errors import ConfigError
-from vissl_like.registry import load_plugins
 
 _TARGET = (
     "`_target_` is not accepted. A configuration travels with checkpoints, so it must not name code to run. Components "
@@ -137,8 +137,15 @@ def _load(
     if job is not None:
         _check_contents(job, found)
     if found.problems or job is None:
+        found.problems.sort(key=_place_in_file)
         return None, found
     return Loaded(job, recipe, tuple(presets), tuple(overrides), tuple(found.notes)), found
+
+
+def _place_in_file(problem: str) -> tuple[str, int]:
+    """Orders problems: those of the command line first, those of a file by line."""
+    place = re.match(r"(\S+):(\d+): ", problem)
+    return (place.group(1), int(place.group(2))) if place else ("", 0)
 
 
 def _merged(
@@ -311,11 +318,12 @@ def _element_section(entry: reference.Entry) -> KeyPath | None:
 
 def _unknown(leaf: Leaf, found: _Findings, also: int = 0, inside: tuple[KeyPath, KeyPath] | None = None) -> None:
     """Report an unknown key with the nearest known ones, the best first."""
-    typed, prefix = leaf.path, ()
+    typed: KeyPath = leaf.path
+    prefix: KeyPath = ()
     if inside is not None:  # children of a composite schedule look like the schedule itself
         section, prefix = inside
         typed = (*section, *leaf.path[len(prefix) :])
-    near = _suggestions(typed)
+    near = suggest_keys(typed)
     if inside is not None:
         near = [
             ".".join((*prefix, *key.split(".")[len(inside[0]) :]))
@@ -331,7 +339,7 @@ def _unknown(leaf: Leaf, found: _Findings, also: int = 0, inside: tuple[KeyPath,
     found.problem(f"unknown key {leaf.key}. `options {known}` lists the keys of {known}.{more}", leaf.where)
 
 
-def _suggestions(path: KeyPath) -> list[str]:
+def suggest_keys(path: KeyPath) -> list[str]:
     """Full keys that may be meant, best first: options, new names of old ones, and sections if nothing else is near."""
     while len(path) > 2 and path[-1].isdigit():
         path = path[:-1]
@@ -346,8 +354,8 @@ def _suggestions(path: KeyPath) -> list[str]:
     old = nearest_paths(path, new_names, limit=1)
     if old and old[0][0] <= 2 and (not ranked or old[0][0] < ranked[0][0] - 0.5):
         ranked.append((old[0][0], new_names[old[0][1]]))
-    # The right word on the wrong level is no slip of the keyboard; it beats another word on the right level.
-    ranked = [(apart - (candidate[-1].lower() == path[-1].lower()), candidate) for apart, candidate in ranked]
+    # The right words on the wrong level are no slip of the keyboard; they beat other words on the right level.
+    ranked = [(apart - _is_inside(path, candidate), candidate) for apart, candidate in ranked]
     ranked.sort(key=lambda one: one[0])
     if not ranked:
         return []
@@ -357,6 +365,12 @@ def _suggestions(path: KeyPath) -> list[str]:
         return []
     near = [".".join(candidate) for apart, candidate in ranked if apart <= best + 0.5]
     return list(dict.fromkeys(near))[: 1 if best <= 1 else 2]
+
+
+def _is_inside(typed: KeyPath, known: KeyPath) -> bool:
+    """Whether the known path has all typed words, in their order, and more."""
+    rest = iter(part.lower() for part in known)
+    return len(typed) < len(known) and all(part.lower() in rest for part in typed)
 
 
 def _limit(typed: str) -> float:
@@ -396,19 +410,22 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _validated(tree: dict[str, Any], found: _Findings) -> Job | None:
-    """The tree as a Job; problems of type and bounds go into `found`."""
+    """The tree as a Job; problems of type and bounds go into `found`, and defaults stand in for the wrong values."""
     wrong = set(_misfits(tree, found))
     try:
         job = Job.model_validate(tree)
     except ValidationError as error:
-        for one in error.errors():
-            path = tuple(str(part) for part in one["loc"])
-            key = _schema_part(path)
+        for key in dict.fromkeys(_schema_part(tuple(map(str, one["loc"]))) for one in error.errors()):
             if key not in wrong:
                 wrong.add(key)
                 _type_problem(key, tree, found)
-        return None
-    return None if wrong else job
+        whole = {entry.path for entry in map(reference.find, wrong) if entry is not None}
+        repaired = compose.apply(tree, ((path, _default_of(path)) for path in whole if "*" not in path))
+        try:
+            return Job.model_validate(repaired)
+        except ValidationError:
+            return None
+    return job
 
 
 def _misfits(tree: dict[str, Any], found: _Findings) -> list[KeyPath]:
@@ -470,7 +487,7 @@ def _value_at(tree: Any, path: KeyPath) -> Any:
 def _check_contents(job: Job, found: _Findings) -> None:
     """Names of components always; what fits together only if there is no other problem that could be the cause."""
     try:
-        load_plugins(job.config.PLUGINS)
+        components.load_plugins(job.config.PLUGINS)
     except ConfigError as error:
         found.problem(str(error), found.place(("config", "PLUGINS")))
         return

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import sys
+import traceback
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from vissl_like import registry
 from vissl_like.config.spelling import nearest
+from vissl_like.errors import ConfigError
 
 #: Word of `list WORD` -> kind of the registry.
 KINDS = {
@@ -27,6 +31,28 @@ LISTS = ("recipes", *KINDS, "transforms", "weight_presets")
 
 #: Trunks and optimizers of libraries: NAME=<prefix>/<name of the library>.
 LIBRARIES = {"trunk": ("torchvision", "timm", "hf"), "optimizer": ("timm",)}
+
+
+def load_plugins(modules: list[str]) -> None:
+    """Import the modules of config.PLUGINS, which may lie in the working directory. Raises ConfigError if one fails."""
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for module in modules:
+        try:
+            registry.load_plugins([module])
+        except ConfigError:
+            raise
+        except Exception as error:  # a plugin is foreign code; importing it may raise anything
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = (
+                f"{error.filename}:{error.lineno}"
+                if isinstance(error, SyntaxError)
+                else f"{last.filename}:{last.lineno}"
+            )
+            what = error.msg if isinstance(error, SyntaxError) else error
+            raise ConfigError(
+                f"config.PLUGINS: importing {module!r} failed: {type(error).__name__}: {what} ({place})."
+            ) from error
 
 
 def problem(kind: str, name: str, key: str, known: Iterable[str] | None = None) -> str | None:

@@ -244,14 +244,15 @@ def merge(trees: dict[str, dict[str, Any]], *, recipe: str | None, presets: Iter
         group, _, option = f"config/{name}".rpartition("/")
         store.store(group=group, name=option, node=tree, package="_global_")
     wanted = [f"config={_hydra_name(recipe)}"] if recipe else []
-    for preset in presets:
-        group, _, option = preset.rpartition("/")
-        wanted.append(f"+config/{group}={_hydra_name(option)}" if group else f"+config={_hydra_name(option)}")
+    # Hydra takes one option of a group only; each preset gets a group of its own, so that any may be combined.
+    for number, preset in enumerate(presets):
+        store.store(group=f"preset_{number}", name="chosen", node=trees[preset], package="_global_")
+        wanted.append(f"+preset_{number}=chosen")
     try:
         with initialize(version_base="1.3", config_path=None):
             composed = hydra_compose("primary", overrides=wanted)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(wanted)}: {error}") from error
+        raise ConfigError(f"{' '.join([recipe or '', *presets])}: these do not go together: {error}") from error
     result = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}

@@ -100,6 +100,9 @@ def fit_problems(job: Job) -> Iterator[Problem]:
         yield from _parallel_lists(getattr(config.DATA, split), split)
     yield from _heads_and_pooling(config)
     yield from _engine_needs(job)
+    if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":
+        key = "config.DISTRIBUTED.BACKEND"
+        yield key, f"{key}='nccl': it works between GPUs only, but config.MACHINE.DEVICE='cpu'. Use auto or gloo."
     if job.engine_name == "train":
         yield from _schedule_problems(config)
 

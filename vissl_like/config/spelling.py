@@ -15,8 +15,8 @@ FAR = 5.0
 _CASE, _JOINER, _NEIGHBOUR = 0.1, 0.2, 0.9
 #: A level of the key that is missing or too many: just more than two edits.
 _LEVEL = 2.05
-#: A word that is part of another, such as EPOCHS of NUM_EPOCHS: more than two edits too.
-_PART = 2.5
+#: A word that another begins with, such as SEED of SEED_VALUE, and one that is anywhere in it.
+_BEGINNING, _PART = 1.0, 2.5
 
 _ROWS = ("1234567890-", "qwertyuiop", "asdfghjkl", "zxcvbnm")
 
@@ -111,6 +111,8 @@ def _component_distance(typed: str, known: str) -> float:
     longest = max(len(typed), len(known))
     if longest > 1 and longest - 0.5 <= apart < FAR:  # no letter in common
         return min(FAR, apart + 1.5)
+    if apart > _BEGINNING and len(typed) >= 3 and known.lower().startswith(f"{typed.lower()}_"):
+        return _BEGINNING
     return _PART if apart > _PART and is_part(typed, known) else apart
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vissl_like.core import distributed, state_format
 from vissl_like.errors import DataError, WeightsError
@@ -55,6 +55,16 @@ class Saved:
     def model_state(self) -> dict[str, Tensor]:
         """The weights by plain name, on the CPU."""
         return load_file(self.path / MODEL)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give the model these weights; raises WeightsError if they do not fit."""
+        try:
+            model.load_state_dict(self.model_state())
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{self.path}: does not fit this model: {error}. Resume with the configuration of the run, or set "
+                "config.RUN.OVERWRITE=true to start anew."
+            ) from error
 
     def ema_state(self) -> dict[str, Tensor] | None:
         """The averaged weights, or None."""

@@ -27,7 +27,7 @@ from vissl_like.config.schema_model import GradClip
 from vissl_like.core import checkpoint, distributed, parallel, rng, signals
 from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
 from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
-from vissl_like.errors import ConfigError, DataError, Stopped, WeightsError
+from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
 from vissl_like.optim.groups import Group, load_state_by_name, set_rates, state_by_name
@@ -69,12 +69,13 @@ class Options:
 class Feed:
     """The images. Batches come from the host; `to_input` is what the transforms leave to the device.
 
-    train(epoch, first_step) yields `accumulate` micro-batches per step, test() this rank's batches of the test split.
+    train(epoch, first_step, in_process) yields `accumulate` micro-batches per step; in_process: without loader
+    processes. test() yields this rank's batches of the test split.
     `identity`: what the order of samples depends on; a checkpoint with another one cannot be continued. `pass_ended` is
     called on every rank after each pass over a split.
     """
 
-    train: Callable[[int, int], Iterator[Batch]]
+    train: Callable[[int, int, bool], Iterator[Batch]]
     to_input: Callable[[Tensor], Tensor]
     test: Callable[[], Iterator[Batch]] | None = None
     to_test_input: Callable[[Tensor], Tensor] | None = None
@@ -127,6 +128,7 @@ class Training:
         self.saved_step = -1
         self.known_tests: dict[int, dict[str, float]] = {}
         self.window = Window()
+        self.batches: Iterator[Batch] = iter(())
         self.line: dict[str, Tensor] | None = None
         self.current_rates: tuple[float, float, float | None] | None = None
         self.answer: Callable[[], bool] = lambda: False
@@ -151,11 +153,11 @@ class Training:
     def run_epoch(self) -> None:
         """The rest of the current epoch: its steps, then its books, a save and a test where they are due."""
         epoch, first = divmod(self.step, self.options.steps_per_epoch)
-        batches = self.feed.train(epoch, first)
+        self.batches = self.feed.train(epoch, first, False)
         self.wrapped.train()
         self.window = Window()
         for _ in range(first, self.options.steps_per_epoch):
-            micro_batches = self.fetch(batches)
+            micro_batches = self.fetch()
             self.prepare()
             self.forward_backward(micro_batches)
             norm = self.clip()
@@ -163,16 +165,18 @@ class Training:
             self.keep_books(norm)
         self.end_epoch()
 
-    def fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+    def fetch(self) -> list[Batch]:
         """The micro-batches of a step. They come before the seeds: loading must not disturb what the model draws."""
         began = time.perf_counter()
         try:
-            micro_batches = [next(batches) for _ in range(self.options.accumulate)]
-        except (RuntimeError, DataError) as error:
-            if not self.stop.requested or distributed.current().size > 1:
+            micro_batches = [next(self.batches) for _ in range(self.options.accumulate)]
+        except (RuntimeError, DataError):
+            if not self.stop.requested:
                 raise
-            self.save()  # a signal to the whole process group ends the loader's workers too
-            raise self.stopped() from error
+            # A signal to the whole process group has ended the loader's processes; the ranks still have to agree on the
+            # step after which they stop.
+            self.batches = self.feed.train(*divmod(self.step, self.options.steps_per_epoch), True)
+            micro_batches = [next(self.batches) for _ in range(self.options.accumulate)]
         self.window.waited += time.perf_counter() - began
         return micro_batches
 
@@ -404,13 +408,7 @@ class Training:
         """Take over a checkpoint's state."""
         state = saved.training_state()
         self.refuse_other_order(state["identity"], saved)
-        try:
-            self.model.load_state_dict(saved.model_state())
-        except RuntimeError as error:
-            raise WeightsError(
-                f"{saved.path}: does not fit this model: {error}. Resume with the configuration of the run, or set "
-                "config.RUN.OVERWRITE=true to start anew."
-            ) from error
+        saved.load_into(self.model)
         load_state_by_name(self.optimizer, self.groups, state["optimizer"])
         averages = saved.ema_state()
         if self.ema is not None:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -26,6 +27,9 @@ class StopRequest:
 def listen() -> Iterator[StopRequest]:
     """Note the signals instead of dying from them; the former handlers are back afterwards.
 
+    A signal to the whole process group ends the loader's processes as well. PyTorch would raise an error for that in the
+    middle of whatever is going on, so from the request on the end of a child is no event.
+
     Python handles signals in the main thread only: elsewhere nothing is noted.
     """
     request = StopRequest()
@@ -35,8 +39,11 @@ def listen() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.name = signal.Signals(number).name
+        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before: dict[signal.Signals, Any] = {}
+    for asked in SIGNALS:
+        before[asked] = signal.signal(asked, note)
     try:
         yield request
     finally:

@@ -42,9 +42,11 @@ class Assigned:
     distances: np.ndarray
 
     def results(self, *, prefix: str, k: int) -> dict[str, Any]:
-        """Agreement with the data set's own classes, where it has one per image, and empty clusters."""
+        """Agreement with the data set's own classes, where it has some and one per image, and empty clusters."""
         classes = self.store.labels
-        found = agreement(classes, self.labels) if classes is not None and classes.ndim == 1 else {}
+        known = np.zeros(0) if classes is None or classes.ndim != 1 else classes[classes >= 0]
+        has_classes = classes is not None and 1 < len(np.unique(known)) < len(known)
+        found = agreement(classes, self.labels) if classes is not None and has_classes else {}
         counts = {} if prefix else {"empty_clusters": int((np.bincount(self.labels, minlength=k) == 0).sum())}
         return {**counts, **{prefix + key: value for key, value in found.items()}}
 

@@ -166,7 +166,7 @@ def _summed(score: Score) -> Score:
 
 
 def measure_linear(config: Config, stores: Stores) -> dict[str, Any]:
-    """Logistic regression on all training labels, on the main rank with all cores, whose number thus changes nothing."""
+    """Logistic regression on all training labels; on the main rank, which may use all cores while the others wait."""
     options = config.LINEAR_PROBE
     layers = chosen_layers(stores, options.LAYERS, key="LINEAR_PROBE")
 

@@ -34,7 +34,7 @@ from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.models.zoo import build_model
 from vissl_like.optim import groups as param_groups
-from vissl_like.optim.schedules import Rates, unreached_milestones
+from vissl_like.optim.schedules import Rates
 from vissl_like.outputs.writers import Writers, read_metrics, rewind
 from vissl_like.registry import resolve
 
@@ -95,7 +95,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     try:
         if splits.train is None:
             if saved is not None:
-                model.load_state_dict(saved.model_state())
+                saved.load_into(model)
             return test_only(job, model, splits, plan, run_dir)
         return train(job, model, splits, plan, run_dir, saved)
     finally:
@@ -154,11 +154,10 @@ def train(
     assert train_set is not None
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
-        next(train_feed(config, train_set, plan)(0, 0))  # raises the loader's error for too few images
+        next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
     groups = param_groups.make_groups(model, optimization)
     if distributed.is_main():
         log.info("parameter groups\n%s", param_groups.table(groups))
-        warn_unreached(plan, optimization.NUM_EPOCHS)
     options = loop_options(config, plan)
     record = open_record(job, run_dir, total_steps=options.total_steps, first_step=(saved.step if saved else 0) + 1)
     try:
@@ -184,6 +183,7 @@ def train(
             ema=make_ema(config, model, total_steps=options.total_steps),
         )
         if saved is not None:
+            log.info("continuing after step %d of %d", saved.step, options.total_steps)
             training.resume(saved)
             training.known_tests = known_tests(run_dir, saved.step)
         return training.run()
@@ -292,10 +292,11 @@ def hash_of_paths(dataset: ImageDataset) -> str:
 
 
 def train_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
-    """(epoch, first step) -> the micro-batches of this rank."""
+    """(epoch, first step, in this process) -> the micro-batches of this rank."""
     world = distributed.current()
 
-    def batches(epoch: int, first_step: int) -> Any:
+    def batches(epoch: int, first_step: int, in_process: bool) -> Any:
+        options = loading(config, plan)
         return train_batches(
             dataset,
             seed=config.SEED_VALUE,
@@ -306,7 +307,7 @@ def train_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
             rank=world.rank,
             size=world.size,
             drop_last=config.DATA.TRAIN.DROP_LAST,
-            **loading(config, plan),
+            **(options | {"workers": 0} if in_process else options),
         )
 
     return batches
@@ -381,9 +382,3 @@ def known_tests(run_dir: Path, step: int) -> dict[int, dict[str, float]]:
         if record.get("kind") == "test" and record.get("step") == step:
             found[step] = {key: value for key, value in record.items() if key not in ("kind", "step", "epoch")}
     return distributed.broadcast_object(found)
-
-
-def warn_unreached(plan: Plan, num_epochs: int) -> None:
-    missed = unreached_milestones(plan.lr, num_epochs=num_epochs)
-    if missed:
-        log.warning("the learning rate never changes at epochs %s: OPTIMIZER.NUM_EPOCHS=%d", missed, num_epochs)

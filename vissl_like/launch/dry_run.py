@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, table
 from vissl_like.config.rules import check_files, used_splits
 from vissl_like.config.saved import plain
@@ -17,7 +18,6 @@ from vissl_like.errors import ConfigError
 from vissl_like.launch import folder
 from vissl_like.launch.local import plan_for
 from vissl_like.launch.machine import processes_for
-from vissl_like.launch.rank import load_plugins
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,10 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, make_plan, table
 from vissl_like.config.rules import check_files
-from vissl_like.config.schema import Job
 from vissl_like.config.saved import read_job
+from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
 from vissl_like.launch.folder import LaunchInfo
@@ -38,7 +39,6 @@ from vissl_like.launch.rank import (
     RunFailed,
     as_exception,
     left_words,
-    load_plugins,
     place_of,
     run_engine,
     run_rank,
@@ -49,7 +49,7 @@ __all__ = ["Interrupted", "LaunchInfo", "RunFailed", "launch", "plan_for"]
 log = logging.getLogger(__name__)
 
 #: Seconds that ranks have to end after one of them failed, before they are killed.
-_GRACE_S = 20
+_GRACE_S = 10
 
 
 class Interrupted(Exception):
@@ -205,7 +205,7 @@ def _run_ranks(job: Job, plan: Plan, run_dir: Path) -> dict[str, Any]:
         monitor_interval=0.2,
         **_if_known(LaunchConfig, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=_GRACE_S),
     )
-    with _threads_of_ranks(plan), _forwarded_signals() as received:
+    with _environment_of_ranks(plan), _forwarded_signals() as received:
         try:
             return _results_of(elastic_launch(config, run_rank)(str(run_dir)))
         except ChildFailedError as error:
@@ -265,16 +265,19 @@ def _cause(error: Any, run_dir: Path, received: list[int]) -> Exception:
 
 
 @contextlib.contextmanager
-def _threads_of_ranks(plan: Plan) -> Iterator[None]:
-    """OMP_NUM_THREADS for the ranks, so that libraries which read it at import agree with the plan."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(plan.num_threads)
+def _environment_of_ranks(plan: Plan) -> Iterator[None]:
+    """Threads for libraries that read OMP_NUM_THREADS at import; and no complaint about semaphores of killed ranks."""
+    quiet = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning"]
+    ours = {"OMP_NUM_THREADS": str(plan.num_threads), "PYTHONWARNINGS": ",".join(filter(None, quiet))}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

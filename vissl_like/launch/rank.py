@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from vissl_like import errors, registry
+from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import PLAN_FILE
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
@@ -93,13 +93,6 @@ def run_engine(job: Job, run_dir: Path) -> dict[str, Any]:
     return results
 
 
-def load_plugins(modules: list[str]) -> None:
-    """Import the modules of config.PLUGINS; they may lie in the working directory."""
-    if modules and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    registry.load_plugins(modules)
-
-
 @contextlib.contextmanager
 def _interrupt_is_a_request() -> Iterator[None]:
     """Ctrl-C asks the loop to save and stop, as SIGTERM does, where the loop listens; a second one stops at once."""
@@ -146,14 +139,19 @@ def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
 
 
 def place_of(error: BaseException) -> str:
-    """file:line of the innermost line of ours that a traceback names, else of the innermost line."""
+    """file:line of the innermost line of a traceback that belongs to no installed library, else of the innermost."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if f"{os.sep}vissl_like{os.sep}" in frame.filename] or frames
-    if not ours:
+    own = [frame for frame in frames if not _is_library(frame.filename)] or frames
+    if not own:
         return "?"
-    name = ours[-1].filename
+    name = own[-1].filename
     start = name.rfind(f"{os.sep}vissl_like{os.sep}")
-    return f"{name[start + 1 :] if start >= 0 else name}:{ours[-1].lineno}"
+    return f"{name[start + 1 :] if start >= 0 else name}:{own[-1].lineno}"
+
+
+def _is_library(file: str) -> bool:
+    is_ours = f"{os.sep}vissl_like{os.sep}" in file
+    return not is_ours and ("site-packages" in file or file.startswith(("<", os.path.dirname(os.__file__))))
 
 
 def left_words(run_dir: Path) -> list[RankError]:

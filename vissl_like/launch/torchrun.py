@@ -11,6 +11,7 @@ _KEY = "vissl_like/launch"
 #: The first process composes and checks before it speaks; a large image folder is not read before that.
 _PATIENCE = datetime.timedelta(minutes=30)
 _stores: list[Any] = []
+_told: list[bool] = []
 
 
 def is_first() -> bool:
@@ -21,6 +22,12 @@ def is_first() -> bool:
 def tell(message: dict[str, Any]) -> None:
     """Say to all others what to run, or that nothing is to be run."""
     _store().set(_key(), json.dumps(message))
+    _told.append(True)
+
+
+def has_told() -> bool:
+    """Whether the others know what to do."""
+    return bool(_told)
 
 
 def hear() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Pictures of a run as PNG files: curves, cluster montage, cluster sizes, 2-D projection.
 
-White background and dark text, so that they can go into a paper; report.html inverts the charts in dark mode.
+Charts are dark on white, so that they can go into a paper; report.html inverts the charts in dark mode.
 Letters: R clusters shown, M images per cluster, H W pixels, N points, K clusters.
 """
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b", "#db2777", "#4d7c0f")
 TEXT = "#334155"
 GRID = "#e2e8f0"
+#: Legible on white and on black: the montage has a transparent ground.
+MONTAGE_TEXT = "#7c8798"
 
 #: From this many points on a noisy curve is drawn faint, with its running mean on top.
 SMOOTH_FROM = 150
@@ -38,11 +40,14 @@ def curves(
     from_zero: bool = False,
 ) -> Path:
     """One chart of several named curves (x, y). `smooth`: long ones get a running mean; `from_zero`: y starts at 0."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _chart()
     for (name, (x, y)), colour in zip(lines.items(), _cycle(len(lines))):
         _draw(axes, np.asarray(x, float), np.asarray(y, float), name=name, colour=colour, smooth=smooth)
     if from_zero:
         axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=all(max(x) - min(x) >= 1 for x, _ in lines.values())))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if len(lines) > 1:
@@ -52,6 +57,8 @@ def curves(
 
 def sizes(path: Path, counts: Sequence[int] | np.ndarray) -> Path:
     """Cluster sizes from the largest to the smallest; the dashed line is their mean. counts (K,)."""
+    from matplotlib.ticker import MaxNLocator
+
     ordered = np.sort(np.asarray(counts))[::-1]
     figure, axes = _chart()
     axes.fill_between(np.arange(len(ordered)), ordered, step="mid", color=COLOURS[0], alpha=0.85, linewidth=0)
@@ -67,6 +74,7 @@ def sizes(path: Path, counts: Sequence[int] | np.ndarray) -> Path:
     )
     axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("clusters, largest first")
     axes.set_ylabel("images")
     return _save(figure, path)
@@ -74,7 +82,7 @@ def sizes(path: Path, counts: Sequence[int] | np.ndarray) -> Path:
 
 def projection(path: Path, xy: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] = ()) -> Path:
     """Points in two dimensions, coloured by label. xy (N, 2), labels (N,) integers or None."""
-    figure, axes = _chart(height=4.6)
+    figure, axes = _chart(height=4)
     size = float(np.clip(6000 / max(len(xy), 1), 2, 24))
     if labels is None:
         axes.scatter(xy[:, 0], xy[:, 1], s=size, color=COLOURS[0], alpha=0.6, linewidths=0)
@@ -101,12 +109,12 @@ def montage(path: Path, images: Sequence[Sequence[np.ndarray]], titles: Sequence
 
     gap, margin = 4, 108
     columns = max((len(row) for row in images), default=0)
-    sheet = Image.new("RGB", (margin + columns * (side + gap), len(images) * (side + gap) + gap), "white")
+    sheet = Image.new("RGBA", (margin + columns * (side + gap), len(images) * (side + gap) + gap), (0, 0, 0, 0))
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
     for r, (row, title) in enumerate(zip(images, titles)):
         top = gap + r * (side + gap)
-        pen.multiline_text((6, top + side // 2), title, fill=TEXT, font=font, anchor="lm", spacing=2)
+        pen.multiline_text((6, top + side // 2), title, fill=MONTAGE_TEXT, font=font, anchor="lm", spacing=2)
         for m, array in enumerate(row):
             sheet.paste(_tile(array, side), (margin + m * (side + gap), top))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def _tile(array: np.ndarray, side: int) -> Any:
     scale = side / max(image.size)
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
-    square = Image.new("RGB", (side, side), "white")
+    square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 

@@ -94,15 +94,31 @@ class RunFolder:
     def engine(self) -> str:
         return str(self.job.get("engine_name", "run"))
 
+    @cached_property
+    def stage(self) -> dict[str, Any] | None:
+        """What the pipeline above says about this folder, if it is one of its stages."""
+        above = RunFolder(self.path.resolve().parent)
+        if above.engine != "pipeline":
+            return None
+        stages = above.job.get("config", {}).get("PIPELINE", {}).get("STAGES", [])
+        return next((stage for stage in stages if stage.get("NAME") == self.path.resolve().name), None)
+
+    @property
+    def overrides(self) -> list[str]:
+        """`key=value` of the command line, or of the stage, without those that choose recipe and presets."""
+        given = self.stage.get("OVERRIDES") if self.stage else self.launch.get("overrides")
+        return [str(text) for text in given or [] if not str(text).startswith(("config=", "+config/"))]
+
     @property
     def command_line(self) -> str:
-        """The command that repeats this run, quoted for a shell; empty if the recipe is not known."""
-        if not self.launch.get("recipe"):
+        """The command that repeats this run, quoted for a shell; empty if the recipe is not known or this is a stage."""
+        launch, overrides = self.launch, [str(text) for text in self.launch.get("overrides") or []]
+        if not launch.get("recipe") or self.stage:
             return ""
-        words = [*(self.launch.get("presets") or []), *(self.launch.get("overrides") or [])]
-        return " ".join(
-            ["vissl-like", *(shlex.quote(str(word)) for word in [f"config={self.launch['recipe']}", *words])]
-        )
+        words = [f"--config-dir={folder}" for folder in launch.get("config_dirs") or []]
+        if not any(text.startswith("config=") for text in overrides):
+            words.append(f"config={launch['recipe']}")
+        return shlex.join(["vissl-like", *words, *overrides])
 
     @property
     def status(self) -> tuple[str, str]:
@@ -163,5 +179,8 @@ def _page(run: RunFolder, sections: list[Section], *, headline: str) -> str:
 
 
 def _repeat(run: RunFolder) -> str:
-    line = run.command_line
-    return f"<pre>{escape(line)}</pre>" if line else ""
+    """How this run is repeated: its command line, or the pipeline that it is a stage of."""
+    if run.stage:
+        name = escape(run.path.resolve().parent.name)
+        return f'<p>A stage of <a href="../{REPORT_FILE}">{name}</a>.</p>'
+    return f"<pre>{escape(run.command_line)}</pre>" if run.command_line else ""

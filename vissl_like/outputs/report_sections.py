@@ -16,7 +16,7 @@ from vissl_like.outputs.report import REPORT_FILE, RunFolder, Section
 from vissl_like.outputs.writers import COORDINATES
 
 #: Parts of metric names that stand in a tile at the top of the results, in this order.
-HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy", "loaded")
+HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy")
 MAX_TILES = 8
 #: Rows of long tables that are shown before the rest is folded away.
 OPEN_ROWS = 12
@@ -26,8 +26,9 @@ def headline(run: RunFolder) -> str:
     """Recipe, duration and date, for the line under the title."""
     manifest = run.manifest
     parts = [f"<code>{escape(run.launch['recipe'])}</code>"] if run.launch.get("recipe") else []
-    if isinstance(manifest.get("seconds"), int | float):
-        parts.append(f"{duration(manifest['seconds'])} {'h' if manifest['seconds'] >= 3600 else 'min'}")
+    seconds = manifest.get("seconds")
+    if isinstance(seconds, int | float):
+        parts.append(f"{seconds:.0f} s" if seconds < 60 else f"{duration(seconds)} {'h' if seconds >= 3600 else 'min'}")
     if manifest.get("finished"):
         parts.append(escape(str(manifest["finished"])[:16].replace("T", " ")))
     return f'<span class="muted">{" · ".join(parts)}</span>'
@@ -52,8 +53,9 @@ def results(run: RunFolder) -> Section | None:
     tiles = "".join(
         f'<div class="tile"><b>{_number(values[key])}</b><span>{escape(_title(key))}</span></div>' for key in main
     )
-    rows = [(f'<td class="k">{escape(key)}</td><td class="n">{_value(value)}</td>') for key, value in values.items()]
-    table = _folded_table(("metric", "value"), rows, open_rows=0 if tiles else OPEN_ROWS, what="all {} metrics")
+    rows = [f'<td class="k">{escape(key)}</td><td>{_value(value)}</td>' for key, value in values.items()]
+    is_shown = tiles or (run.path / "table.json").is_file()
+    table = _folded_table(("metric", "value"), rows, open_rows=0 if is_shown else OPEN_ROWS, what="all {} metrics")
     return Section("Results", (f'<div class="tiles">{tiles}</div>' if tiles else "") + table)
 
 
@@ -208,20 +210,24 @@ def clusters(run: RunFolder) -> Section | None:
     if not found or not data:
         return None
     folder = run.path / "figures"
-    drawn = [picture(figures.sizes(folder / "cluster_sizes.png", data["sizes"]), "Cluster sizes.")]
-    is_known = data["projection_label"] >= 0
-    if is_known.any():
-        path = folder / "cluster_projection.png"
-        figures.projection(path, data["projection"][is_known], data["projection_label"][is_known])
-        drawn.append(picture(path, "Two principal components of the features, coloured by class."))
-    elif len(data["projection"]):
-        figures.projection(folder / "cluster_projection.png", data["projection"], data["projection_cluster"])
-        drawn.append(picture(folder / "cluster_projection.png", "Two principal components, coloured by cluster."))
-    objective = (range(1, len(found["objective"]) + 1), found["objective"])
-    lines = {"objective": objective}
-    drawn.append(_curve(folder / "kmeans.png", lines, x="iteration", y="objective", caption="k-means objective."))
+    objective = {"objective": (range(1, len(found["objective"]) + 1), found["objective"])}
+    drawn = [
+        picture(figures.sizes(folder / "cluster_sizes.png", data["sizes"]), "Cluster sizes."),
+        _curve(folder / "kmeans.png", objective, x="iteration", y="objective", caption="k-means objective."),
+        _projection(folder / "cluster_projection.png", data, of="projection_label", caption="coloured by class"),
+        _projection(folder / "cluster_projection_k.png", data, of="projection_cluster", caption="coloured by cluster"),
+    ]
     body = f'<div class="tiles">{_cluster_tiles(run, found)}</div>' + _montage(run, data)
     return Section("Clusters", body + f'<div class="grid">{"".join(drawn)}</div>')
+
+
+def _projection(path: Path, data: Mapping[str, Any], *, of: str, caption: str) -> str:
+    """The projected points with a known label; nothing if there is none."""
+    is_known = data[of] >= 0
+    if not is_known.any():
+        return ""
+    figures.projection(path, data["projection"][is_known], data[of][is_known])
+    return picture(path, f"Two principal components of the features, {caption}.")
 
 
 def _cluster_tiles(run: RunFolder, found: Mapping[str, Any]) -> str:
@@ -289,12 +295,12 @@ def configuration(run: RunFolder) -> Section | None:
 
     if not run.job:
         return None
-    overrides = [str(text).split("=", 1) for text in run.launch.get("overrides") or []]
+    overrides = [text.split("=", 1) for text in run.overrides]
     given = [f'<td class="k">{escape(pair[0])}</td><td class="k">{escape(pair[-1])}</td>' for pair in overrides]
     body = (
         "<h3>Changed from the recipe</h3>" + _folded_table(("option", "value"), given, open_rows=OPEN_ROWS)
         if given
-        else '<p class="muted">The recipe as it stands; nothing was changed on the command line.</p>'
+        else '<p class="muted">The recipe as it stands; nothing was changed.</p>'
     )
     base = flatten(defaults())
     changed = [

@@ -1,0 +1,133 @@
+"""Names of components, options that must fit together, files that must exist."""
+
+from pathlib import Path
+
+import pytest
+
+from vissl_like.config import components, rules
+from vissl_like.config.check import load_job
+from vissl_like.errors import ConfigError, DataError, WeightsError
+
+BASE = "config=debug/supervised_synthetic"
+LR = "config.OPTIMIZER.PARAM_SCHEDULERS.LR"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.LOSS.NAME=cross_entropi", "LOSS.NAME='cross_entropi': no such loss; did you mean cross_entropy? Known:"),
+        ("config.MODEL.TRUNK.NAME=resnet_smal", "no such trunk; did you mean resnet_small?"),
+        ("config.MODEL.TRUNK.NAME=tim/resnet18", "Known: "),
+        ("config.MODEL.TRUNK.NAME=timm/", "timm/NAME"),
+        ("config.MODEL.HEAD.PARAMS=[[mlpp,{}]]", "config.MODEL.HEAD.PARAMS.0.0='mlpp': no such head; did you mean mlp?"),
+        ("config.OPTIMIZER.NAME=sdg", "no such optimizer; did you mean sgd?"),
+        ("config.DATA.TRAIN.DATA_SOURCES=[synthtic]", "no such data source; did you mean synthetic?"),
+        ("config.DATA.TRAIN.LABEL_SOURCES=[disk_foldr]", "config.DATA.TRAIN.LABEL_SOURCES.0='disk_foldr'"),
+        ("config.TASK.NAME=supervized", "no such task; did you mean supervised?"),
+        (f"{LR}.NAME=cosin", f"{LR}.NAME='cosin': no such schedule; did you mean cosine?"),
+        ("config.MODEL.WEIGHTS_INIT.PRESET=mocco", "no such weight preset; did you mean moco"),
+        ("config.DATA.TRAIN.TRANSFORMS=[{name: Resise}]",
+         "config.DATA.TRAIN.TRANSFORMS.0.name='Resise': no such transform; did you mean Resize?"),
+        ("config.DATA.TRAIN.TRANSFORMS=[{size: 3}]", "a transform is {name: NAME"),
+        ("engine_name=extract_cluster", "no such engine"),
+    ],
+)  # fmt: skip
+def test_names_of_components(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job([BASE, override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timm/vit_small_patch16_224", "torchvision/resnet18", "hf/facebook/dinov2-small"])
+def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
+    assert load_job([BASE, f"config.MODEL.TRUNK.NAME={name}"]).job.config.MODEL.TRUNK.NAME == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{LR}.NAME=multistep", f"{LR}.VALUES=[0.1]", f"{LR}.MILESTONES=[1]"], "1 MILESTONES need 2 values, not 1."),
+        ([f"{LR}.NAME=multistep", f"{LR}.VALUES=[3,2,1]", f"{LR}.MILESTONES=[2,1]"], "epochs must rise"),
+        ([f"{LR}.NAME=composite", f"{LR}.SCHEDULERS=[{{NAME: linear}}]", f"{LR}.LENGTHS=[0.5]"], "LENGTHS"),
+        (["config.DATA.TRAIN.DATASET_NAMES=[a,b]"], "2 entries, but DATA_SOURCES=['synthetic'] has 1"),
+        (["config.DATA.VAL.DATA_PATHS=[x]"], "needs config.DATA.VAL.DATA_SOURCES=[disk_folder]"),
+        (["config.DATA.TRAIN.DATA_SOURCES=[]"], "config.DATA.TRAIN.DATA_SOURCES=[]: the engine train needs data here"),
+        (["config.DATA.TRAIN.DATA_LIMIT_SAMPLING.IS_BALANCED=true"], "needs config.DATA.TRAIN.DATA_LIMIT"),
+        (["config.MODEL.HEAD.PARAMS=[mlp]"], "a head is [name, {options}]"),
+        (
+            ["config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP=[res5]"],
+            "an entry is [layer, [pooling, arguments]]",
+        ),
+        (["engine_name=pipeline"], "a pipeline needs at least one stage"),
+        (["config.DISTRIBUTED.BACKEND=nccl", "config.MACHINE.DEVICE=cpu"], "nccl"),
+    ],
+)
+def test_options_that_do_not_fit_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job([BASE, *overrides])
+    assert message in str(caught.value)
+
+
+def test_milestones_beyond_the_end_are_a_warning() -> None:
+    overrides = [f"{LR}.NAME=multistep", f"{LR}.VALUES=[3,2,1]", f"{LR}.MILESTONES=[1,30]"]
+    notes = load_job([BASE, *overrides]).notes
+    assert notes == (
+        f"command line: {LR}.MILESTONES: training ends at config.OPTIMIZER.NUM_EPOCHS=2, so 30 is never reached.",
+    )
+
+
+def test_every_stage_of_a_pipeline_is_checked() -> None:
+    stages = "[{NAME: a, CONFIG: {SEED_VALU: 1}}, {NAME: b, RECIPE: debug/supervised_synthetc}]"
+    with pytest.raises(ConfigError) as caught:
+        load_job([BASE, "engine_name=pipeline", f"config.PIPELINE.STAGES={stages}"])
+    assert "unknown key config.SEED_VALU; did you mean config.SEED_VALUE?" in str(caught.value)
+    assert "did you mean debug/supervised_synthetic?" in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def check(*overrides: str) -> list[str]:
+    return rules.check_files(load_job([BASE, *overrides]).job)
+
+
+def test_lost_files_are_named_with_near_ones(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(WeightsError, match=r"no such file or folder; did you mean .*weights\.pth\?") as caught:
+        check(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={tmp_path}/weigths.pth")
+    assert caught.value.exit_code == 3
+    with pytest.raises(DataError, match=r"config\.DATA\.TRAIN\.DATA_PATHS\.0=") as lost:
+        check("config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path}/a/b]")
+    assert lost.value.exit_code == 3 and f"{tmp_path} exists" in str(lost.value)
+
+
+def test_all_lost_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        check(f"config.DATA.TRAIN.LABEL_PATHS=[{tmp_path}/a.npy]", f"config.DATA.TEST.LABEL_PATHS=[{tmp_path}/b.npy]")
+    assert "a.npy" in str(caught.value) and "b.npy" in str(caught.value)
+
+
+def test_files_that_are_there_are_returned_and_names_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "labels.npy").touch()
+    found = check(
+        f"config.DATA.TRAIN.LABEL_PATHS=[{tmp_path}/labels.npy]",
+        "config.MODEL.WEIGHTS_INIT.PARAMS_FILE='timm:resnet18'",
+    )
+    assert found == [f"{tmp_path}/labels.npy"]
+
+
+def test_a_split_that_is_not_read_need_not_exist(tmp_path: Path) -> None:
+    assert check("config.TEST_MODEL=false", f"config.DATA.TEST.LABEL_PATHS=[{tmp_path}/none.npy]") == []
+
+
+# ---------------------------------------------------------------------------------------------------------- components
+def test_transform_names_are_those_that_the_data_package_takes() -> None:
+    from vissl_like.data.views import transform_names
+
+    assert set(transform_names()) - set(components.transform_names()) == set()
+
+
+def test_lists_describe_our_own_components() -> None:
+    for word in components.LISTS[1:]:
+        found = components.listing(word)
+        assert found, word
+        if word not in ("transforms",):
+            assert all(found.values()), [name for name, text in found.items() if not text]

@@ -1,0 +1,205 @@
+"""The command line: composes, checks and starts a run, or answers a question. Free of torch until a run starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vissl_like import __version__
+from vissl_like.config.spelling import nearest
+from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_DONE, ConfigError, Stopped, UserError
+
+if TYPE_CHECKING:
+    from vissl_like.config.check import Loaded
+
+VERBS = ("options", "list", "report")
+FLAGS = ("--help", "--version", "--multirun", "--config-dir", "--shell-completion")
+_SHORT = {"-h": "--help", "-m": "--multirun", "-cd": "--config-dir"}
+_WITH_VALUE = ("--config-dir", "--shell-completion")
+
+
+@dataclass
+class Arguments:
+    """A command line, split: flags with their values, a verb, and words (overrides, or what the verb is about)."""
+
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+    @property
+    def config_dirs(self) -> list[str]:
+        return self.flags.get("--config-dir", [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 configuration, 3 data or weights, 75 stopped, 1 defect."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["--complete"]:
+            return _complete(arguments[1:])
+        return _dispatch(_split(arguments))
+    except (UserError, Stopped) as error:
+        return show_error(error)
+    except KeyboardInterrupt:
+        print("interrupted: nothing more was saved; start the same command again to go on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception as error:
+        return show_error(error)
+
+
+def show_error(error: Exception) -> int:
+    """Print an error to the terminal; returns the exit code. Only defects outside of a run show a traceback."""
+    code: int | None = getattr(error, "exit_code", None)
+    if code is None:
+        traceback.print_exception(error)
+        print(f"error: {type(error).__name__}: {error}. This is a defect of the program.", file=sys.stderr)
+        return EXIT_DEFECT
+    prefix = "" if isinstance(error, Stopped) else "error: "
+    print(f"{prefix}{error}", file=sys.stderr)
+    return code
+
+
+def _split(arguments: list[str]) -> Arguments:
+    result = Arguments()
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = _SHORT.get(name, name)
+        if not word.startswith("-") or (word.startswith("-") and name not in FLAGS and _is_value(word)):
+            result.words.append(word)
+            continue
+        if name not in FLAGS:
+            near = nearest(name, FLAGS)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"unknown option {word!r}{hint} `--help` shows all; settings are key=value.")
+        if name in _WITH_VALUE and not equals:
+            value = next(rest, "")
+        if name in _WITH_VALUE and not value:
+            raise ConfigError(
+                f"{name} needs a value, for example {name} {'bash' if 'shell' in name else 'my_configs'}."
+            )
+        result.flags.setdefault(name, []).append(value)
+    return result
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word with a leading minus is no flag (a negative number)."""
+    return word[1:2].isdigit()
+
+
+def _dispatch(arguments: Arguments) -> int:
+    from vissl_like.launch import verbs
+
+    if "--help" in arguments.flags:
+        print(verbs.help_text())
+        return EXIT_DONE
+    if "--version" in arguments.flags:
+        print(f"vissl_like {__version__}")
+        return EXIT_DONE
+    if "--shell-completion" in arguments.flags:
+        from vissl_like.launch.completion import script
+
+        print(script(arguments.flags["--shell-completion"][-1]))
+        return EXIT_DONE
+    if not arguments.words:
+        print(verbs.short_help(), file=sys.stderr)
+        return EXIT_CONFIGURATION
+    verb, *rest = arguments.words
+    if verb in VERBS:
+        print(verbs.answer(verb, rest, config_dirs=arguments.config_dirs))
+        return EXIT_DONE
+    verbs.check_words(arguments.words, config_dirs=arguments.config_dirs)
+    if "--multirun" in arguments.flags:
+        from vissl_like.launch.sweep import run_sweep
+
+        return run_sweep(arguments.words, config_dirs=arguments.config_dirs)
+    return _launch(arguments.words, config_dirs=arguments.config_dirs)
+
+
+def _complete(words: list[str]) -> int:
+    from vissl_like.launch.completion import complete
+
+    for candidate in complete(words):
+        print(candidate)
+    return EXIT_DONE
+
+
+# -------------------------------------------------------------------------------------------------------------- launch
+def _launch(overrides: list[str], *, config_dirs: list[str]) -> int:
+    if _is_torchrun():
+        return _launch_with_others(overrides, config_dirs=config_dirs)
+    loaded = _load(overrides, config_dirs=config_dirs)
+    return start(loaded, config_dirs=config_dirs)
+
+
+def _is_torchrun() -> bool:
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _load(overrides: list[str], *, config_dirs: list[str]) -> Loaded:
+    from vissl_like.config.check import load_job
+
+    loaded = load_job(overrides, config_dirs=config_dirs)
+    for note in loaded.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return loaded
+
+
+def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
+    """Start a checked job, or make its dry run; returns 0. Everything else is raised."""
+    from vissl_like.config.rules import check_files
+    from vissl_like.launch import folder, logs
+
+    job = loaded.job
+    info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
+    where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
+    check_files(job)  # lost files are reported before torch is imported
+    logs.to_console(verbose=job.config.VERBOSE)
+    if job.config.RUN.DRY_RUN:
+        from vissl_like.launch.dry_run import dry_run
+
+        print(dry_run(job, where, info))
+        return EXIT_DONE
+    from vissl_like.launch.local import launch
+
+    show_results(launch(job, where, info))
+    return EXIT_DONE
+
+
+def show_results(results: dict[str, object]) -> None:
+    """The numbers of a run, a few per line."""
+    numbers = [f"{key}={value:.4g}" for key, value in results.items() if isinstance(value, float)]
+    numbers += [f"{key}={value}" for key, value in results.items() if isinstance(value, int)]
+    if 0 < len(numbers) <= 20:
+        print("results: " + ", ".join(numbers), flush=True)
+
+
+def _launch_with_others(overrides: list[str], *, config_dirs: list[str]) -> int:
+    """As one of the processes that torchrun started: the first composes and tells the others what to run."""
+    from vissl_like.launch import torchrun
+
+    if not torchrun.is_first():
+        from vissl_like.launch.local import follow
+
+        follow()
+        return EXIT_DONE
+    code = EXIT_DEFECT
+    try:
+        code = start(_load(overrides, config_dirs=config_dirs), config_dirs=config_dirs)
+    except Exception as error:
+        code = show_error(error)
+    finally:
+        if not torchrun.has_told():
+            torchrun.tell({"exit_code": code})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

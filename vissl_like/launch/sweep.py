@@ -1,0 +1,192 @@
+"""-m: a run for each point of a grid, one after the other, each in a process and a folder of its own.
+
+RUN.DIR/sweep.jsonl holds one line per attempt: overrides, status, exit code, run folder, metrics. A sweep that is started
+again skips the points that are finished; a point that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vissl_like.config.check import Loaded, load_sweep
+from vissl_like.config.rules import check_files
+from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DATA, EXIT_DEFECT, EXIT_DONE, EXIT_STOPPED, ConfigError
+from vissl_like.launch import folder
+
+LEDGER = "sweep.jsonl"
+
+#: Exit codes from harmless to grave; codes that are not here (killed, interrupted) are the gravest.
+_GRAVITY = (EXIT_DONE, EXIT_STOPPED, EXIT_DATA, EXIT_CONFIGURATION, EXIT_DEFECT)
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    loaded: Loaded
+    run_dir: Path
+    varied: tuple[str, ...]
+    """The overrides in which it differs from other points."""
+
+
+def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
+    """Compose and check all points, then run them; returns the gravest exit code."""
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        raise ConfigError("-m: a sweep starts processes itself; run it without torchrun.")
+    points = make_points(load_sweep(overrides, config_dirs=config_dirs))
+    for note in dict.fromkeys(note for point in points for note in point.loaded.notes):
+        print(f"warning: {note}", file=sys.stderr)
+    for point in points:
+        check_files(point.loaded.job)
+    if points[0].loaded.job.config.RUN.DRY_RUN:
+        for point in points:
+            print(f"{' '.join(point.varied)} -> {point.run_dir}")
+        return _run_point(points[0], config_dirs)
+    ledger = points[0].run_dir.parent / LEDGER
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    print(f"sweep of {len(points)} runs in {ledger.parent}", file=sys.stderr)
+    codes: list[int] = []
+    with _signals() as received:
+        for number, point in enumerate(points, 1):
+            print(f"run {number} of {len(points)}: {' '.join(point.varied)}", file=sys.stderr)
+            codes.append(_run_and_record(point, ledger, config_dirs))
+            if received:
+                print("stopped: the other runs of the sweep were not started.", file=sys.stderr)
+                break
+    print(_summary(points, codes))
+    return max(codes, key=_gravity)
+
+
+def _gravity(code: int) -> int:
+    return _GRAVITY.index(code) if code in _GRAVITY else len(_GRAVITY)
+
+
+def make_points(loaded: list[Loaded]) -> list[Point]:
+    """Points with their folders: RUN.DIR/<what varies>."""
+    everywhere = set.intersection(*(set(one.overrides) for one in loaded))
+    recipes = {one.recipe for one in loaded}
+    points = []
+    for one in loaded:
+        varied = tuple(text for text in one.overrides if text not in everywhere)
+        same_recipe = one.recipe if len(recipes) == 1 else "sweep"
+        base = folder.default_dir(one.job, same_recipe)
+        points.append(Point(one, base / _folder_name(varied), varied))
+    return points
+
+
+def _folder_name(varied: tuple[str, ...]) -> str:
+    """A folder name that says what varies and needs no quoting in an override."""
+    short = [text.lstrip("+").removeprefix("config.").replace("=", "-") for text in varied]
+    name = re.sub(r"[^\w.+-]+", "_", "__".join(short)).strip("_.") or "only"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _run_and_record(point: Point, ledger: Path, config_dirs: list[str]) -> int:
+    started = datetime.datetime.now(datetime.timezone.utc)
+    was_finished = bool(folder.read_json(point.run_dir / folder.MANIFEST_FILE).get("complete"))
+    if was_finished and _is_recorded(point, ledger):
+        same = folder.read_json(point.run_dir / folder.LAUNCH_FILE).get("overrides") == list(point.loaded.overrides)
+        if same and not point.loaded.job.config.RUN.OVERWRITE:
+            print(f"finished before: {point.run_dir}", file=sys.stderr)
+            return EXIT_DONE
+    code = _in_process(point, config_dirs)
+    status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
+    line = {
+        "overrides": list(point.loaded.overrides),
+        "status": status,
+        "exit": code,
+        "run_dir": str(point.run_dir),
+        "metrics": folder.read_json(point.run_dir / folder.RESULTS_FILE) if code == EXIT_DONE else {},
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
+    }
+    with open(ledger, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return code
+
+
+def _is_recorded(point: Point, ledger: Path) -> bool:
+    return any(line.get("run_dir") == str(point.run_dir) and line.get("status") == "done" for line in read(ledger))
+
+
+def read(ledger: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger; a torn last line is left out."""
+    lines = []
+    for text in ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _in_process(point: Point, config_dirs: list[str]) -> int:
+    """Run a point in a process of its own, so that nothing of one run reaches the next and a crash ends only one."""
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(point, config_dirs))
+    process.start()
+    while process.is_alive():
+        process.join(timeout=0.5)
+    code = process.exitcode
+    assert code is not None
+    return code if code >= 0 else 128 - code
+
+
+def _child(point: Point, config_dirs: list[str]) -> None:
+    sys.exit(_run_point(point, config_dirs))
+
+
+def _run_point(point: Point, config_dirs: list[str]) -> int:
+    from vissl_like.launch.main import show_error, start
+
+    try:
+        return start(point.loaded, config_dirs=config_dirs, run_dir=str(point.run_dir))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return show_error(error)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Hand SIGTERM and SIGUSR1 on to the running point; any of them, or Ctrl-C, ends the sweep after it."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid is not None and number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
+                os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(points: list[Point], codes: list[int]) -> str:
+    """One line per point: what varied, how it ended, its first metrics."""
+    lines = []
+    for point, code in zip(points, codes):
+        word = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, f"failed ({code})")
+        results = folder.read_json(point.run_dir / folder.RESULTS_FILE) if code == EXIT_DONE else {}
+        numbers = [f"{key}={value:.4g}" for key, value in results.items() if isinstance(value, int | float)][:4]
+        lines.append(f"{' '.join(point.varied):<50} {word:<12} {' '.join(numbers)}".rstrip())
+    return "\n".join(lines)
