@@ -1,7 +1,7 @@
-"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [kill]
+"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [SIGKILL|SIGTERM]
 
-jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With `kill` the process kills itself at
-the third block of features that it writes.
+jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With a signal the process sends it to
+itself before the third block of features that it writes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def main() -> None:
     from vissl_like.core import distributed
     from vissl_like.registry import resolve
 
-    if sys.argv[2:] == ["kill"]:
-        kill_while_writing()
+    if sys.argv[2:]:
+        signal_while_writing(signal.Signals[sys.argv[2]])
     distributed.start(device="cpu")
     for job, run_dir in json.loads(Path(sys.argv[1]).read_text()):
         run = resolve("engine", job["engine_name"], key="engine_name")
@@ -29,7 +29,7 @@ def main() -> None:
     distributed.shutdown()
 
 
-def kill_while_writing() -> None:
+def signal_while_writing(number: signal.Signals) -> None:
     from vissl_like.analysis import features
 
     features._MARK_EVERY_S = 0.0
@@ -38,7 +38,7 @@ def kill_while_writing() -> None:
     def counted(*args: object, **options: object) -> None:
         count[0] += 1
         if count[0] == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         write(*args, **options)  # type: ignore[arg-type]
 
     features.FeatureWriter.write = counted  # type: ignore[method-assign, assignment]

@@ -79,7 +79,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     return resolve("engine", job.engine_name, key="engine_name")(job, run_dir)
 
 
-def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, kill: bool = False) -> list[int]:
+def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, signal: str = "") -> list[int]:
     """Run the jobs one after the other in `ranks` processes; returns exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     for _, run_dir in jobs:
@@ -95,7 +95,12 @@ def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, kill: b
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    command = [sys.executable, str(Path(__file__).parent / "engine_process.py"), str(file), *(["kill"] if kill else [])]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "engine_process.py"),
+        str(file),
+        *([signal] if signal else []),
+    ]
     processes = [
         subprocess.Popen(
             command,
@@ -172,6 +177,19 @@ def test_ranks_change_no_bit(images: Path, alone: Path, tmp_path: Path, ranks: i
     assert (tmp_path / "extract" / "bad_images.txt").read_text() == (alone / "extract" / "bad_images.txt").read_text()
 
 
+def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    changes = {
+        "CLUSTERFIT__FEATURES__EXTRACT": True,
+        "CLUSTERFIT__NUM_CLUSTERS": 99,
+        "CLUSTERFIT__CLUSTER_BACKEND": "faiss",
+    }
+    assert run_ranks([(job("cluster_features", images, **changes), tmp_path / "run")], tmp_path, ranks=2) == [1, 1]
+    assert (
+        capfd.readouterr().err.count("DataError: config.CLUSTERFIT.NUM_CLUSTERS=99: features of TRAIN have only 45")
+        == 2
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- extraction
 def test_rows_are_the_features_of_the_images_in_order(images: Path, alone: Path) -> None:
     config = jobs_of_all_engines(images, alone)[0][0].config
@@ -213,11 +231,18 @@ def test_random_transforms_are_a_warning(images: Path, tmp_path: Path, caplog: p
     assert "DATA.TEST.TRANSFORMS are random" in caplog.text
 
 
-def test_a_killed_extraction_goes_on_and_ends_in_the_same_bits(
-    images: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_extraction_keeps_all_that_was_done(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     [(extraction, run_dir), *_] = jobs_of_all_engines(images, tmp_path)
-    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, kill=True) == [-9]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, signal="SIGTERM") == [1]
+    assert "SIGTERM: extraction stopped; what is done is kept. Start again to go on." in capfd.readouterr().err
+    assert np.load(run_dir / "features" / "TRAIN" / "done.npy").sum() == 3
+
+
+def test_a_killed_extraction_goes_on_and_ends_in_the_same_bits(images: Path, alone: Path, tmp_path: Path) -> None:
+    [(extraction, run_dir), *_] = jobs_of_all_engines(images, tmp_path)
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, signal="SIGKILL") == [-9]
     assert np.load(run_dir / "features" / "TRAIN" / "done.npy").sum() == 2
     with pytest.raises(DataError, match="interrupted"):
         FeatureStore.open(run_dir / "features", "TRAIN", "flatten")

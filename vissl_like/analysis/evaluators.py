@@ -249,6 +249,7 @@ def _hold_out(train: Labelled, *, seed: int) -> tuple[Labelled, Labelled]:
 @contextlib.contextmanager
 def _single_threaded_blas() -> Iterator[None]:
     """One BLAS thread per operation, and no warnings of scikit-learn about convergence: ours says more."""
+    import sklearn.linear_model  # noqa: F401  before the limit, which reaches only libraries that are loaded
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1), warnings.catch_warnings():
@@ -263,7 +264,9 @@ def _fit(x: np.ndarray, y: np.ndarray, *, c: float, max_iter: int) -> Any:
 
     if len(np.unique(y)) < 2:
         raise DataError("a linear probe needs labels of at least two classes in the training split.")
-    with threadpool_limits(1):  # OpenMP keeps a limit per calling thread, so the one around all fits does not reach here
+    with threadpool_limits(
+        1
+    ):  # OpenMP keeps a limit per calling thread, so the one around all fits does not reach here
         probe = LogisticRegression(C=c, max_iter=max_iter).fit(x, y)
     if int(probe.n_iter_.max()) >= max_iter:
         logger.warning("the probe with C=%g stopped at MAX_ITER=%d before it had converged", c, max_iter)

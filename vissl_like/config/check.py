@@ -7,7 +7,6 @@ types and bounds, then for what fits together (rules.py).
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,8 @@ from pydantic import ValidationError
 from vissl_like.config import aliases, components, compose, reference, rules, schema
 from vissl_like.config.recipes import KeyPath, Leaf, Library, Recipe, current_library, flatten, new_library
 from vissl_like.config.schema import Job
-from vissl_like.config.spelling import FAR, is_part, nearest, nearest_paths
+from vissl_like.config.spelling import nearest
+from vissl_like.config.suggest import suggest_keys, suggest_recipe
 from vissl_like.errors import ConfigError
 
 _TARGET = (
@@ -176,19 +176,6 @@ def _known_recipes(request: compose.Request, library: Library, found: _Findings)
     return recipe, presets
 
 
-def suggest_recipe(name: str, library: Library) -> str:
-    """`; did you mean X?` for an unknown recipe, and where to see them all."""
-    names = list(library.files)
-    last = name.rpartition("/")[2]
-    ranked = nearest_paths(name.split("/"), (tuple(known.split("/")) for known in names))
-    near = [known for known in names if known.rpartition("/")[2] == last]
-    near += ["/".join(path) for apart, path in ranked if apart <= min(ranked[0][0] + 0.5, _limit(name))]
-    near = near or difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    unique = list(dict.fromkeys(near))[:2]
-    hint = f"; did you mean {' or '.join(unique)}?" if unique else "."
-    return f"{hint} `list recipes` shows all {len(names)}; your own are found in ./configs/config or by --config-dir."
-
-
 def _merge_order(names: Sequence[str], library: Library, found: _Findings) -> list[Recipe]:
     """The recipes involved, each after those that it builds on (or before, if its _self_ comes first)."""
     order: list[Recipe] = []
@@ -337,45 +324,6 @@ def _unknown(leaf: Leaf, found: _Findings, also: int = 0, inside: tuple[KeyPath,
     above = _first_unknown(leaf.path)[:-1]
     known = ".".join(above) if above and reference.find(above) else "config"
     found.problem(f"unknown key {leaf.key}. `options {known}` lists the keys of {known}.{more}", leaf.where)
-
-
-def suggest_keys(path: KeyPath) -> list[str]:
-    """Full keys that may be meant, best first: options, new names of old ones, and sections if nothing else is near."""
-    while len(path) > 2 and path[-1].isdigit():
-        path = path[:-1]
-    above = [reference.find(path[:length]) for length in range(1, len(path))]
-    known = [entry for entry in reference.entries().values() if entry not in above]
-    ranked = nearest_paths(path, [entry.path for entry in known if not entry.is_section], limit=6)
-    ranked += [
-        (apart + 0.5, section)
-        for apart, section in nearest_paths(path, [entry.path for entry in known if entry.is_section])
-    ]
-    new_names = dict(aliases.old_names())
-    old = nearest_paths(path, new_names, limit=1)
-    if old and old[0][0] <= 2 and (not ranked or old[0][0] < ranked[0][0] - 0.5):
-        ranked.append((old[0][0], new_names[old[0][1]]))
-    # The right words on the wrong level are no slip of the keyboard; they beat other words on the right level.
-    ranked = [(apart - _is_inside(path, candidate), candidate) for apart, candidate in ranked]
-    ranked.sort(key=lambda one: one[0])
-    if not ranked:
-        return []
-    best, first = ranked[0]
-    is_sure = first[-1].lower() == path[-1].lower() or is_part(path[-1], first[-1])
-    if best > (FAR if is_sure else _limit(".".join(path[1:]))):
-        return []
-    near = [".".join(candidate) for apart, candidate in ranked if apart <= best + 0.5]
-    return list(dict.fromkeys(near))[: 1 if best <= 1 else 2]
-
-
-def _is_inside(typed: KeyPath, known: KeyPath) -> bool:
-    """Whether the known path has all typed words, in their order, and more."""
-    rest = iter(part.lower() for part in known)
-    return len(typed) < len(known) and all(part.lower() in rest for part in typed)
-
-
-def _limit(typed: str) -> float:
-    """How far from something known this may be to count as meant."""
-    return min(FAR, 1.1 + len(typed) / 4)
 
 
 def _can_reset(path: KeyPath, found: _Findings) -> bool:

@@ -67,9 +67,10 @@ class TransformFailed(Exception):
 
 
 class DeviceTransform(torch.nn.Module):
-    """Batches (B, C, H, W), uint8 or float, on any device -> float32: scaled, normalised, in the model's channel order.
+    """Batches (B, C, H, W), uint8 or float, on any device -> float32, scaled and normalised.
 
-    Float batches were scaled and normalised in the worker; only the channel order is left for them.
+    Float batches were scaled and normalised in the worker. The order of channels is left alone: the model itself knows
+    which one it takes (MODEL.INPUT_TYPE).
     """
 
     def __init__(
@@ -78,10 +79,9 @@ class DeviceTransform(torch.nn.Module):
         divide_by_255: bool = True,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        input_type: str = "rgb",
     ) -> None:
         super().__init__()
-        self.divide_by_255, self.input_type = divide_by_255, input_type
+        self.divide_by_255 = divide_by_255
         self.is_normalizing = mean is not None
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
@@ -94,10 +94,6 @@ class DeviceTransform(torch.nn.Module):
                 images.div_(255)
             if self.is_normalizing:
                 images.sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
-        if self.input_type == "bgr":
-            return images.flip(1)
-        if self.input_type == "lab":
-            return images[:, :1]  # the model takes lightness only
         return images
 
 
@@ -161,7 +157,7 @@ def _assemble(transforms: list[dict[str, Any]], *, key: str, input_type: str) ->
     if len(makers_of_labels) > 1:
         problems.append(f"{key}: {len(makers_of_labels)} transforms give the label; only one can.")
     divide, mean, std, kept = _split_off_tail(transforms, made)
-    device = DeviceTransform(divide_by_255=divide, mean=mean, std=std, input_type=input_type)
+    device = DeviceTransform(divide_by_255=divide, mean=mean, std=std)
     names = makers_of_labels[0].class_names if makers_of_labels else None  # type: ignore[attr-defined]
     return Views(steps=kept, device_transform=device, label_names=names), problems
 

@@ -71,6 +71,9 @@ class Silent:
     def progress(self, step: int, record: Mapping[str, Any] | None = None) -> None:
         pass
 
+    def watch(self, model: torch.nn.Module) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -160,6 +163,7 @@ def train(
         log.info("parameter groups\n%s", param_groups.table(groups))
     options = loop_options(config, plan)
     record = open_record(job, run_dir, total_steps=options.total_steps, first_step=(saved.step if saved else 0) + 1)
+    record.watch(model)
     try:
         training = Training(
             task=parallel.wrap_for_gradients(

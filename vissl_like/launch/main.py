@@ -38,6 +38,8 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 configuration, 3 data or weights, 75 stopped, 1 defect."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Threads that wait by spinning starve the loader processes where cores are few. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])

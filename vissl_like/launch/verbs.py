@@ -10,6 +10,7 @@ from pathlib import Path
 from vissl_like.config import components, reference
 from vissl_like.config.recipes import Library
 from vissl_like.config.spelling import nearest
+from vissl_like.config.suggest import suggest_keys
 from vissl_like.errors import ConfigError
 
 PROGRAM = "vissl-like"
@@ -123,8 +124,6 @@ def _entry(word: str) -> reference.Entry:
         entry = reference.find(full)
         if entry is not None:
             return entry
-    from vissl_like.config.check import suggest_keys
-
     typed = path if path[0] == "config" else ("config", *path)
     near = suggest_keys(typed)
     hint = f"; did you mean {' or '.join(near)}?" if near else ". `options` shows all sections."

@@ -23,7 +23,7 @@ GRID = "#e2e8f0"
 MONTAGE_TEXT = "#7c8798"
 
 #: From this many points on a noisy curve is drawn faint, with its running mean on top.
-SMOOTH_FROM = 150
+SMOOTH_FROM = 40
 #: A curve is thinned to about this many points before it is drawn.
 MAX_POINTS = 2000
 
@@ -139,7 +139,7 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, *, name: str, colour: Any, s
     is_noisy = smooth and len(x) >= SMOOTH_FROM
     if is_noisy:
         axes.plot(x[::every], y[::every], color=colour, linewidth=0.8, alpha=0.3)
-        y = running_mean(y, window=max(5, len(y) // 40))
+        y = running_mean(y, window=max(5, len(y) // 25))
     marker = "o" if len(x) <= 25 else None
     axes.plot(x[::every], y[::every], color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=name)
 

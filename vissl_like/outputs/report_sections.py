@@ -68,10 +68,10 @@ def headline_keys(values: Mapping[str, Any]) -> list[str]:
 
 
 def _headline_place(key: str) -> int | None:
-    """Where a metric stands in HEADLINE_METRICS by the last part of its name; training metrics stand nowhere."""
+    """Where a metric stands in HEADLINE_METRICS by the last part of its name; training and best values stand nowhere."""
     name = key.rsplit("/", 1)[-1]
     places = [place for place, part in enumerate(HEADLINE_METRICS) if part in name]
-    return places[0] if places and "train_" not in name else None
+    return places[0] if places and not name.startswith(("train_", "best_")) else None
 
 
 def stages(run: RunFolder) -> Section | None:
@@ -99,8 +99,16 @@ def stages(run: RunFolder) -> Section | None:
     return Section("Stages", f'<div class="stages">{"".join(cards)}</div>')
 
 
+def stage_clusters(run: RunFolder) -> Section | None:
+    """The clusters of a pipeline's stages, side by side."""
+    found = [(stage.path.name, stage.path / "figures" / MONTAGE) for stage in run.stages]
+    sheets = [picture(path, f"{name}: members of its clusters.") for name, path in found if path.is_file()]
+    return Section("Clusters", f'<div class="grid">{"".join(sheets)}</div>') if sheets else None
+
+
 #: The picture that stands for a stage: the first of these that it has.
-MAIN_FIGURES = ("cluster_montage.png", "test.png", "loss.png", "cluster_projection.png")
+MONTAGE = "cluster_montage.png"
+MAIN_FIGURES = (MONTAGE, "test.png", "loss.png")
 
 
 def curves(run: RunFolder) -> Section | None:
@@ -110,12 +118,19 @@ def curves(run: RunFolder) -> Section | None:
         by_kind.setdefault(str(record.get("kind", "train")), []).append(record)
     train, tests, epochs = (by_kind.get(kind, []) for kind in ("train", "test", "train_epoch"))
     x = "epoch" if all("epoch" in record for record in run.metrics) else "step"
-    loss = lines_of(train, x=x, take="loss".__eq__, rename="train")
-    loss.update(lines_of(tests, x=x, take=lambda key: "loss" in key))
+    loss = lines_of(train, x=x, take="loss".__eq__, rename="steps")
+    loss.update(lines_of(epochs + tests, x=x, take=lambda key: "loss" in key))
     measured = lines_of(tests + epochs, x=x, take=lambda key: "loss" not in key and key not in NOT_PLOTTED)
     folder = run.path / "figures"
     drawn = [
-        _curve(folder / "loss.png", loss, x=x, y="loss", caption="Loss.", smooth=True),
+        _curve(
+            folder / "loss.png",
+            loss,
+            x=x,
+            y="loss",
+            caption="Loss: of training steps, mean of epochs, test.",
+            smooth=True,
+        ),
         _curve(folder / "test.png", _main_lines(measured), x=x, y="metric", caption="Metrics after each epoch."),
     ]
     for key, y, caption in TRAIN_CURVES:
@@ -252,7 +267,7 @@ def _montage(run: RunFolder, data: Mapping[str, Any]) -> str:
         return ""
     rows = [data["montage_images"][data["montage_cluster"] == cluster] for cluster in shown]
     titles = [f"cluster {cluster}\n{data['sizes'][cluster]} images" for cluster in shown]
-    path = figures.montage(run.path / "figures" / "cluster_montage.png", rows, titles)
+    path = figures.montage(run.path / "figures" / MONTAGE, rows, titles)
     return picture(path, "Members of the largest clusters and of some others, chosen at random.")
 
 
@@ -445,6 +460,7 @@ def _value(value: Any) -> str:
 SECTIONS: tuple[Callable[[RunFolder], Section | None], ...] = (
     summary_table,
     stages,
+    stage_clusters,
     evaluation,
     clusters,
     results,

@@ -1,0 +1,82 @@
+"""K-means, nearest neighbours and extraction on a GPU: reproducible there, and as on the CPU up to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vissl_like.analysis.evaluators import knn_ranking
+from vissl_like.analysis.extraction import Loading, extract
+from vissl_like.analysis.features import FeatureStore
+from vissl_like.analysis.kmeans import assign, kmeans, pick_backend
+from vissl_like.analysis.rows import ArrayRows, normalise
+from vissl_like.config.schema import Job
+from vissl_like.core import distributed, rng
+from vissl_like.data.dataset import build_dataset
+from vissl_like.models.zoo import build_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GPU = torch.device("cuda", 0)
+
+
+def rows(n: int, seed: int) -> np.ndarray:
+    means = np.random.default_rng(7).normal(size=(20, 32))
+    noise = np.random.default_rng(seed).normal(size=(n, 32))
+    return normalise((means[np.arange(n) % 20] + 0.5 * noise).astype(np.float32))
+
+
+def test_kmeans_is_reproducible_and_as_good_as_on_the_cpu() -> None:
+    x = ArrayRows(rows(20_000, 0))
+    run = {"k": 50, "iterations": 15, "seed": 1, "max_points_per_centroid": 0}
+    first, second = (kmeans(x, backend="auto", device=GPU, **run) for _ in range(2))  # type: ignore[arg-type]
+    on_cpu = kmeans(x, backend="torch", **run)  # type: ignore[arg-type]
+    assert first.backend == "torch" == pick_backend("auto", device=GPU)
+    assert np.array_equal(first.centroids, second.centroids)
+    np.testing.assert_allclose(first.objective[-1], on_cpu.objective[-1], rtol=1e-3)
+    labels, distances = assign(x, on_cpu.centroids, device=GPU)
+    expected, expected_distances = assign(x, on_cpu.centroids)
+    assert (labels == expected).mean() > 0.999
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-3, atol=1e-5)
+
+
+def test_knn_agrees_with_the_cpu() -> None:
+    bank, queries = ArrayRows(rows(40_000, 0)), ArrayRows(rows(700, 1))
+    run = {"topk": [5, 100], "sigma": 0.1, "num_classes": 20}
+    labels = np.arange(40_000) % 20
+    on_gpu, on_cpu = (knn_ranking(bank, labels, queries, device=device, **run) for device in (GPU, None))  # type: ignore[arg-type]
+    for k in (5, 100):
+        assert (on_gpu[k][:, 0] == on_cpu[k][:, 0]).mean() > 0.995
+
+
+def test_extraction_agrees_with_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = {
+        "DATA_SOURCES": ["synthetic"],
+        "NUM_SYNTHETIC": 50,
+        "BATCHSIZE_PER_REPLICA": 8,
+        "TRANSFORMS": [{"name": "ToTensor"}],
+    }
+    config = Job.model_validate(
+        {"config": {"DATA": {"TRAIN": split}, "MODEL": {"TRUNK": {"NAME": "resnet_small"}}}}
+    ).config
+    rng.seed_model(0)
+    model = build_model(config.MODEL, num_classes=None, with_heads=False)
+    found = []
+    for device in (torch.device("cpu"), GPU):
+        world = distributed.World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+        monkeypatch.setattr(distributed, "_world", world)
+        dataset = build_dataset(config.DATA, "TRAIN", seed=0)
+        folder = tmp_path / device.type
+        extract(
+            model.to(device),
+            dataset,
+            folder,
+            options=config.EXTRACT_FEATURES,
+            batch=8,
+            identity={},
+            loading=Loading(threads=2),
+        )
+        found.append(FeatureStore.open(folder, "TRAIN").read(0, 50))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-2, atol=1e-3)

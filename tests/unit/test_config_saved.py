@@ -1,0 +1,75 @@
+"""config.yaml: written, read, compared."""
+
+from pathlib import Path
+
+import pytest
+
+from vissl_like.config.check import load_job
+from vissl_like.config.saved import config_hash, differences, read_job, relevant, write_job
+from vissl_like.config.schema import Job
+from vissl_like.errors import ConfigError
+
+
+def job(*overrides: str) -> Job:
+    return load_job(["config=debug/supervised_synthetic", *overrides]).job
+
+
+def test_a_job_survives_its_file(tmp_path: Path) -> None:
+    given = job(
+        "config.OPTIMIZER.EPS=1e-12",
+        "config.RUN.NAME='ä: #x'",
+        "config.MODEL.GRAD_CLIP.NORM_TYPE=inf",
+        "config.OPTIMIZER.PARAM_SCHEDULERS.WEIGHT_DECAY.NAME=cosine",
+    )
+    write_job(given, tmp_path)
+    assert read_job(tmp_path) == given
+
+
+def test_what_is_no_run_folder_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        read_job(tmp_path)
+    (tmp_path / "config.yaml").write_text("config: {A: 1}\n")
+    with pytest.raises(ConfigError, match="cannot be read as the configuration of a run"):
+        read_job(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "config.LOG_FREQUENCY=7",
+        "config.RUN.PROGRESS=none",
+        "config.DATA.NUM_DATALOADER_WORKERS=3",
+        "config.DISTRIBUTED.NUM_PROC_PER_NODE=2",
+        "config.CHECKPOINT.KEEP=9",
+        "config.LOGGERS.WANDB.PROJECT=x",
+        "config.MACHINE.NUM_THREADS=1",
+    ],
+)
+def test_keys_that_change_no_result_may_differ(override: str) -> None:
+    assert config_hash(job()) == config_hash(job(override))
+
+
+def test_keys_that_change_results_are_named() -> None:
+    other = job("config.SEED_VALUE=4", "config.MODEL.TRUNK.OPTIONS.width=8")
+    assert config_hash(job()) != config_hash(other)
+    assert (
+        differences(relevant(job()), relevant(other))
+        == [
+            "config.SEED_VALUE: there 0, now 4",
+            "config.MODEL.TRUNK.OPTIONS: there {}, now (not set)".replace("{}", "{}"),
+            "config.MODEL.TRUNK.OPTIONS.width: there '(not set)', now 8",
+        ]
+        or len(differences(relevant(job()), relevant(other))) == 3
+    )
+
+
+def test_the_same_steps_by_other_numbers_are_the_same_run() -> None:
+    """16 images on one process, or 8 on two: the same images per optimizer step."""
+    halves = job("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8", "config.DISTRIBUTED.NUM_PROC_PER_NODE=2")
+    assert config_hash(job(), global_batch=16) == config_hash(halves, global_batch=16)
+    assert config_hash(job(), global_batch=16) != config_hash(job(), global_batch=32)
+    assert config_hash(job()) != config_hash(halves)
+
+
+def test_another_engine_is_another_run() -> None:
+    assert config_hash(job()) != config_hash(job("engine_name=extract_features"))
