@@ -3,13 +3,14 @@
 #   make demo                     the main job on real images, and its report
 #   make test | lint | bench | docs
 #   make demo PYTHON=python3.12   another interpreter (3.10 to 3.13) for .venv
-#   make demo DEMO='config.SEED_VALUE=1 config.RUN.DIR=runs/demo_seed1'   further overrides
+#   make demo DEMO=config.SEED_VALUE=1 DEMO_DIR=runs/demo_seed1           further overrides, another folder
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   further arguments for pip
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO ?=
+DEMO_DIR ?= runs/demo
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -23,7 +24,8 @@ help:
 	@sed -n '3,7s/^# //p' Makefile
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/vissl-like config=pretrain/clusterfit/clusterfit_mnist5k config.RUN.DIR=runs/demo $(DEMO)
+	$(BIN)/vissl-like config=pretrain/clusterfit/clusterfit_mnist5k config.RUN.DIR=$(DEMO_DIR) $(DEMO)
+	@echo "The report, for a browser: $(CURDIR)/$(DEMO_DIR)/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit tests/numerics tests/integration --cov --cov-report=term --durations=10 $(PYTEST_ARGS)

@@ -52,15 +52,11 @@ def test_keys_that_change_no_result_may_differ(override: str) -> None:
 def test_keys_that_change_results_are_named() -> None:
     other = job("config.SEED_VALUE=4", "config.MODEL.TRUNK.OPTIONS.width=8")
     assert config_hash(job()) != config_hash(other)
-    assert (
-        differences(relevant(job()), relevant(other))
-        == [
-            "config.SEED_VALUE: there 0, now 4",
-            "config.MODEL.TRUNK.OPTIONS: there {}, now (not set)".replace("{}", "{}"),
-            "config.MODEL.TRUNK.OPTIONS.width: there '(not set)', now 8",
-        ]
-        or len(differences(relevant(job()), relevant(other))) == 3
-    )
+    assert differences(relevant(job()), relevant(other)) == [
+        "config.SEED_VALUE: there 0, now 4",
+        "config.MODEL.TRUNK.OPTIONS: there {}, now nothing",
+        "config.MODEL.TRUNK.OPTIONS.width: there nothing, now 8",
+    ]
 
 
 def test_the_same_steps_by_other_numbers_are_the_same_run() -> None:

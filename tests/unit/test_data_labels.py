@@ -322,3 +322,21 @@ def test_no_labels(tmp_path: Path) -> None:
         build_dataset(split("disk_folder", **options), "TRAIN", seed=0, train=True)
     with pytest.raises(DataError, match="knows no labels"):
         build_dataset(split("disk_folder", **options, LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0)
+
+
+def test_label_sources_may_not_contradict_the_files(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    options = {"DATA_PATHS": [str(tmp_path / "images")]}
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_filelist': there is no label file"):
+        build_dataset(split("disk_folder", **options, LABEL_SOURCES=["disk_filelist"]), "TRAIN", seed=0)
+    np.save(tmp_path / "x.npy", np.zeros(5, dtype=np.int64))
+    given = {"LABEL_PATHS": [str(tmp_path / "x.npy")], "LABEL_ALIGNMENT": "position"}
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_folder': labels by folder, but"):
+        build_dataset(split("disk_folder", **options, **given, LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0)
+
+
+def test_arguments_that_nothing_takes_are_refused(tmp_path: Path) -> None:
+    make_images(tmp_path)
+    options = {"DATA_PATHS": [str(tmp_path)], "COLLATE_FUNCTION_PARAMS": {"num_crops": 2}}
+    with pytest.raises(ConfigError, match=r"COLLATE_FUNCTION_PARAMS=.*takes none"):
+        build_dataset(split("disk_folder", **options), "TRAIN", seed=0)

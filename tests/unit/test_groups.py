@@ -219,3 +219,12 @@ def test_table_counts_members() -> None:
     groups = make_groups(Net(), Options())
     assert sum(group.count for group in groups) == sum(p.numel() for p in Net().parameters())
     assert len(table(groups).splitlines()) == len(groups) + 1
+
+
+def test_options_set_in_vain_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 2)
+    for name, momentum, said in (("timm/lamb", 0.5, True), ("adam", 0.9, False), ("sgd", 0.5, False)):
+        caplog.clear()
+        options = Options(NAME=name, MOMENTUM=momentum)
+        build_optimizer(make_groups(model, options), options)
+        assert ("does not take MOMENTUM" in caplog.text) == said

@@ -266,7 +266,9 @@ def test_best_by_a_loss_is_the_lowest(tmp_path: Path) -> None:
 
 def test_unknown_best_metric_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"BEST_METRIC='top1'.*test_loss, test_top_1"):
-        make(tmp_path, best_metric="top1")[0].run()
+        training, _ = make(tmp_path, best_metric="top1")
+        training.run()
+    assert training.step == 0, "the mistake is found before the first step"
 
 
 def test_tests_come_every_so_many_epochs_and_last(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vissl_like.errors import DataError
+from vissl_like.errors import ConfigError, DataError
 from vissl_like.losses.classification import bce_logits, cross_entropy
 
 
@@ -66,3 +66,40 @@ def test_bce_reductions_agree_where_all_is_known() -> None:
 def test_bce_shape_mismatch_is_explained() -> None:
     with pytest.raises(DataError, match="one column per class"):
         bce_logits(torch.zeros(2, 4), torch.zeros(2, 3))
+
+
+def test_a_batch_without_targets_costs_nothing() -> None:
+    """A mean over nothing would be NaN, and end the training."""
+    logits = torch.randn(3, 4, requires_grad=True)
+    for weight in (None, [1.0, 2.0, 3.0, 4.0]):
+        loss = cross_entropy(logits, torch.full((3,), -1), weight=weight)
+        loss.backward()
+        assert loss.item() == 0.0 and logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 4.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_is_that_of_torch(weight: list[float] | None, smoothing: float) -> None:
+    logits, target = torch.randn(6, 4), torch.tensor([0, -1, 2, 3, 1, -1])
+    expected = torch.nn.functional.cross_entropy(
+        logits,
+        target,
+        weight=None if weight is None else torch.tensor(weight),
+        ignore_index=-1,
+        label_smoothing=smoothing,
+    )
+    torch.testing.assert_close(cross_entropy(logits, target, weight=weight, label_smoothing=smoothing), expected)
+
+
+def test_as_many_weights_as_classes() -> None:
+    with pytest.raises(ConfigError, match=r"WEIGHT has 2 numbers.*4 outputs"):
+        cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1]), weight=[1.0, 2.0])
+
+
+def test_ignored_labels_need_not_fit_and_missing_ones_are_named() -> None:
+    logits = torch.zeros(2, 4)
+    assert math.isclose(
+        cross_entropy(logits, torch.tensor([1, 255]), ignore_index=255).item(), math.log(4), rel_tol=1e-6
+    )
+    with pytest.raises(DataError, match=r"label is -1.*IGNORE_INDEX=255"):
+        cross_entropy(logits, torch.tensor([1, -1]), ignore_index=255)

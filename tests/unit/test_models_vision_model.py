@@ -211,3 +211,23 @@ def test_local_transformers_folder(tmp_path: Any) -> None:
     )
     assert not model.trunk.backbone.embeddings.mask_token.requires_grad
     assert model(torch.randn(1, 3, 28, 28))[0].shape == (1, 2)
+
+
+def test_images_that_do_not_fit_are_named_with_their_key() -> None:
+    flat = built(FEATURE_EVAL_SETTINGS={"LINEAR_EVAL_FEAT_POOL_OPS_MAP": [["res3", ["Identity", []]]]})
+    flat.check_input((3, 28, 28), key="here")
+    with pytest.raises(ConfigError, match=r"here: images of 32x32 do not fit the heads"):
+        flat.check_input((3, 32, 32), key="here")
+    built().check_input((3, 64, 40), key="here")  # pooled to one size
+    with pytest.raises(ConfigError, match=r"here: makes images of 1 channels.*takes 3"):
+        built().check_input((1, 28, 28), key="here")
+    built(INPUT_TYPE="lab").check_input((3, 28, 28), key="here")
+
+
+def test_parameters_behind_the_last_wanted_layer_are_idle() -> None:
+    early = built(FEATURE_EVAL_SETTINGS={"LINEAR_EVAL_FEAT_POOL_OPS_MAP": [["res3", ["AdaptiveAvgPool2d", [[1, 1]]]]]})
+    idle = early.idle_parameters((28, 28))
+    assert idle and all(name.startswith("trunk._feature_blocks.layer3.") for name in idle)
+    assert len(idle) == len(list(early.trunk.backbone.layer3.parameters()))
+    assert built().idle_parameters((28, 28)) == []
+    assert all(not parameter.is_meta and parameter.grad is None for parameter in early.parameters())

@@ -82,8 +82,15 @@ def test_without_data_no_steps_are_promised() -> None:
 
 @pytest.mark.parametrize(
     ("device", "processes", "cores", "workers", "threads"),
-    [("cpu", 1, 2, 0, 2), ("cpu", 1, 16, 4, 16), ("cpu", 2, 16, 2, 8), ("gpu", 1, 16, 8, 16), ("gpu", 8, 16, 1, 2), ("gpu", 4, 2, 1, 1)],
-)  # fmt: skip
+    [
+        ("cpu", 1, 2, 0, 2),
+        ("cpu", 1, 16, 4, 16),
+        ("cpu", 2, 16, 2, 8),
+        ("gpu", 1, 16, 8, 16),
+        ("gpu", 8, 16, 1, 2),
+        ("gpu", 4, 2, 1, 1),
+    ],
+)
 def test_workers_and_threads_share_the_cores(
     monkeypatch: pytest.MonkeyPatch, device: str, processes: int, cores: int, workers: int, threads: int
 ) -> None:

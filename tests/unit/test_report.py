@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vissl_like.config.schema import Job
-from vissl_like.outputs.report import RunFolder, write_report
-from vissl_like.outputs.report_sections import flatten, headline_keys, lines_of
+from vissl_like.outputs.report import RunFolder, flatten, write_report
+from vissl_like.outputs.report_sections import headline_keys, lines_of
 
 
 class Page(HTMLParser):
@@ -188,6 +188,34 @@ def test_a_pipeline_shows_its_table_and_its_stages(tmp_path: Path) -> None:
     text = " ".join(page.text)
     assert "raw <pixels>" in text and "90.5" in text and "–" in text and "One seed." in text
     assert "--share:90.5%" in page.html
+
+
+def test_a_stage_says_whose_stage_it_is(tmp_path: Path) -> None:
+    stage = {"NAME": "clusters", "RECIPE": "a/b", "CONFIG": {"CLUSTERFIT": {"NUM_CLUSTERS": 3}}}
+    run_dir = make_run(tmp_path / "chain", engine="pipeline", PIPELINE={"STAGES": [stage]})
+    make_clusters(make_run(run_dir / "clusters", engine="cluster_features"), labels=np.full(30, -1))
+    page = Page(write_report(run_dir / "clusters"))
+    assert "../report.html" in page.attributes("a", "href")
+    text = " ".join(page.text)
+    assert "A stage of  chain" in text and "vissl-like config=" not in text
+    assert "config.CLUSTERFIT.NUM_CLUSTERS" in text and "config.SEED_VALUE" not in text
+    assert "Clusters" in Page(write_report(run_dir)).headings
+
+
+@pytest.mark.parametrize(
+    ("launch", "command"),
+    [
+        ({"recipe": "a/b", "overrides": ["config.X=[1,2]"]}, "vissl-like config=a/b 'config.X=[1,2]'"),
+        (
+            {"recipe": "a/b", "overrides": ["config=a/b", "+config/a/m=c"], "config_dirs": ["my dir"]},
+            "vissl-like '--config-dir=my dir' config=a/b +config/a/m=c",
+        ),
+        ({"recipe": None, "overrides": ["config.X=1"]}, ""),
+    ],
+)
+def test_the_command_is_ready_for_a_shell(tmp_path: Path, launch: dict, command: str) -> None:
+    write_json(tmp_path / "launch.json", launch)
+    assert RunFolder(tmp_path).command_line == command
 
 
 def make_clusters(run_dir: Path, *, labels: np.ndarray, images: int = 6) -> None:

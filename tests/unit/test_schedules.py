@@ -128,3 +128,16 @@ def test_vissl_names_are_taken() -> None:
     schedule = from_vissl(block | {"auto_lr_scaling": {"auto_scale": True, "base_value": 0.3}})
     assert schedule.SCHEDULERS == [{"NAME": "linear", "START_VALUE": 0.5}]
     assert schedule.AUTO_LR_SCALING.BASE_VALUE == 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"NAME": "constant", "VALUE": -0.1},
+        {"NAME": "cosine", "START_VALUE": 0.1, "END_VALUE": -0.01},
+        {"NAME": "multistep", "VALUES": [0.1, -0.1], "MILESTONES": [5]},
+    ],
+)
+def test_values_below_zero_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="below zero"):
+        build_curve(Schedule(**options), num_epochs=10)

@@ -84,14 +84,13 @@ def config_hash(job: Job, *, global_batch: int | None = None) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line per key that differs between two results of `relevant`."""
-    nothing = "(not set)"
     return [
-        f"{key}: there {_show(before.get(key, nothing))}, now {_show(now.get(key, nothing))}"
+        f"{key}: there {_show(before, key)}, now {_show(now, key)}"
         for key in dict.fromkeys([*before, *now])
-        if before.get(key, nothing) != now.get(key, nothing)
+        if (key in before) != (key in now) or before.get(key) != now.get(key)
     ]
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
+def _show(values: dict[str, Any], key: str) -> str:
+    text = repr(values[key]) if key in values else "nothing"
     return text if len(text) <= 200 else text[:197] + "..."

@@ -32,6 +32,10 @@ from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
 from vissl_like.optim.groups import Group, load_state_by_name, set_rates, state_by_name
 from vissl_like.optim.schedules import Rates
+from vissl_like.registry import suggest
+
+#: Prefixes of what is measured under the weights, and under their average.
+TESTS = ("test", "test_ema")
 
 
 class Record(Protocol):
@@ -137,6 +141,7 @@ class Training:
     # ------------------------------------------------------------------------------------------------------ the course
     def run(self) -> dict[str, Any]:
         """Train from the present state to the end; returns the final metrics. Raises Stopped after a signal."""
+        self.refuse_unknown_best()
         with signals.listen() as self.stop:
             if self.test_due:
                 self.run_test()
@@ -342,10 +347,10 @@ class Training:
 
     def measure(self) -> dict[str, float] | None:
         """The metrics of the test split under the weights and under their average; None after a signal."""
-        metrics = self.measure_as("test")
+        metrics = self.measure_as(TESTS[0])
         if metrics is not None and self.ema is not None:
             with self.ema.in_place():
-                averaged = self.measure_as("test_ema")
+                averaged = self.measure_as(TESTS[1])
             metrics = None if averaged is None else metrics | averaged
         self.feed.pass_ended()
         return metrics
@@ -362,11 +367,24 @@ class Training:
             interrupted=lambda: self.stop.requested,
         )
 
+    def refuse_unknown_best(self) -> None:
+        """A misspelt BEST_METRIC is an error before the first epoch, not after it."""
+        name = self.options.best_metric
+        if not name or self.feed.test is None:
+            return
+        known = [key for prefix in TESTS[: 1 + (self.ema is not None)] for key in self.names_of_test(prefix)]
+        if name not in known:
+            raise ConfigError(
+                f"config.CHECKPOINT.BEST_METRIC={name!r}: the test measures {', '.join(known)}{suggest(name, known) or '.'}"
+            )
+
+    def names_of_test(self, prefix: str) -> list[str]:
+        """Keys of what a test under this prefix measures."""
+        return [f"{prefix}_loss", *self.task.test_metrics(prefix)]
+
     def note_best(self, metrics: Mapping[str, float]) -> None:
         """Keep the best value of BEST_METRIC, and let `best` point at the weights that gave it."""
         name = self.options.best_metric or next((key for key in metrics if not key.endswith("_loss")), "test_loss")
-        if name not in metrics:
-            raise ConfigError(f"config.CHECKPOINT.BEST_METRIC={name!r}: the test measures {', '.join(metrics)}.")
         value, best = metrics[name], self.results.get(f"best_{name}")
         sign = -1 if name.endswith("_loss") else 1
         if best is not None and not math.isnan(best) and not sign * value > sign * best:

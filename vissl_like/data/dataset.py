@@ -91,6 +91,10 @@ def _check_lists(options: Split, split: str) -> None:
             problems.append(
                 f"{key}.{name} has {length} entries but DATA_SOURCES has {count}; give one for each source."
             )
+    if options.COLLATE_FUNCTION_PARAMS:
+        problems.append(
+            f"{key}.COLLATE_FUNCTION_PARAMS={options.COLLATE_FUNCTION_PARAMS}: {options.COLLATE_FUNCTION} takes none."
+        )
     if len(options.LABEL_PATHS) not in (0, 1, count):
         problems.append(f"{key}.LABEL_PATHS has {len(options.LABEL_PATHS)} entries but DATA_SOURCES has {count}.")
     wrong = [problem for problem in problems if problem]
@@ -121,9 +125,28 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
         path = entry.images
         if not label_files and entry.labels and not os.path.isdir(entry.labels) and options.LABEL_TYPE == "standard":
             label_files = [entry.labels]
+    _check_label_source(options, split, position, label_files)
     request = SourceRequest(split, position, name, path, options, data.DOWNLOAD)
     factory = registry.resolve("data_source", kind, key=f"DATA.{split}.DATA_SOURCES")
     return _Opened(factory.build(request), label_files)
+
+
+def _check_label_source(options: Split, split: str, position: int, label_files: list[str]) -> None:
+    """LABEL_SOURCES may not say one thing and the files another."""
+    if options.LABEL_TYPE != "standard" or position >= len(options.LABEL_SOURCES):
+        return
+    kind = options.LABEL_SOURCES[position]
+    where = f"config.DATA.{split}.LABEL_SOURCES[{position}]={kind!r}"
+    if kind == "disk_filelist" and not label_files and not options.LABEL_PATHS:
+        raise ConfigError(
+            f"{where}: there is no label file. Give config.DATA.{split}.LABEL_PATHS, or leave LABEL_SOURCES empty to take "
+            "the labels that the images come with."
+        )
+    if kind == "disk_folder" and label_files and options.LABEL_PATHS:
+        raise ConfigError(
+            f"{where}: labels by folder, but config.DATA.{split}.LABEL_PATHS gives {label_files[0]!r}. Leave one of them "
+            "out, or write LABEL_SOURCES=[disk_filelist]."
+        )
 
 
 def _images_of_labels(images: Path, options: Split, *, name: str, split: str) -> FilelistSource:

@@ -91,6 +91,8 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         num_train=None if splits.train is None else len(splits.train),
         cores=num_cores(),
     )
+    check_labels(config, splits)
+    warn_of_other_classes(splits)
     model = make_model(config, splits)
     saved = on_main(lambda: find_checkpoint(config, run_dir))
     if saved is None:
@@ -121,12 +123,74 @@ def make_model(config: Config, splits: Splits) -> VisionModel:
     """The model on its device, randomly initialised, the same on every rank."""
     rng.seed_model(config.SEED_VALUE)
     num_classes = max((split.num_classes or 0 for split in (splits.train, splits.test) if split is not None), default=0)
-    data = splits.any[0]["data"]
-    model = build_model(config.MODEL, num_classes=num_classes or None, image_size=tuple(data.shape[-2:]))
+    image = sample_input(splits.any)
+    model = build_model(config.MODEL, num_classes=num_classes or None, image_size=tuple(image.shape[-2:]))
+    check_inputs(model, splits)
+    for name in model.idle_parameters(image.shape[-2:]):  # they would stop DDP, and never change anyway
+        model.get_parameter(name).requires_grad_(False)
     if config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN:
         model = parallel.synchronise_norms(model, group_size=config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE)
     layout = torch.channels_last if config.MACHINE.CHANNELS_LAST else torch.preserve_format
     return model.to(distributed.current().device, memory_format=layout)
+
+
+def sample_input(dataset: ImageDataset) -> torch.Tensor:
+    """One image as the model gets it, (1, C, H, W)."""
+    data = dataset[0]["data"]
+    try:
+        return dataset.device_transform(data[None])
+    except RuntimeError as error:
+        raise ConfigError(
+            f"config.DATA.{dataset.split}.TRANSFORMS: Normalize does not fit images of {len(data)} channels ({error})."
+        ) from error
+
+
+def check_inputs(model: VisionModel, splits: Splits) -> None:
+    """Raise ConfigError if a split's images do not fit the model, before anything is trained."""
+    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+        model.check_input(tuple(sample_input(dataset).shape[1:]), key=f"config.DATA.{dataset.split}.TRANSFORMS")
+
+
+def check_labels(config: Config, splits: Splits) -> None:
+    """Raise ConfigError if loss or meters want labels of another form than the images have."""
+    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+        labels = None if dataset.views.label_names else dataset.labels
+        is_multi = labels is not None and labels.ndim == 2
+        wrong = [name for name in config.METERS.NAMES if (name == "accuracy_list_meter") == is_multi]
+        if wrong:
+            form = "several classes" if is_multi else "one class"
+            cure = "[mean_ap_list_meter]" if is_multi else "[accuracy_list_meter]"
+            raise ConfigError(
+                f"config.METERS.NAMES={config.METERS.NAMES}: {wrong[0]} does not go with labels of {form} per image, as "
+                f"config.DATA.{dataset.split} has. Set config.METERS.NAMES={cure}."
+            )
+        if labels is not None and is_multi and config.LOSS.NAME == "cross_entropy" and (labels < 0).any():
+            raise ConfigError(
+                f"config.LOSS.NAME='cross_entropy': some labels of config.DATA.{dataset.split} are -1 (unknown), which it "
+                "would take for shares of classes. Set config.LOSS.NAME=bce_logits."
+            )
+
+
+def warn_of_other_classes(splits: Splits) -> None:
+    """Say so if the labels of training and test speak of different things: the test would then measure nothing."""
+    train_set, test_set = splits.train, splits.test
+    if train_set is None or test_set is None or not distributed.is_main():
+        return
+    trained, tested = train_set.class_names, test_set.class_names
+    if trained is None and tested is not None and tested != [str(k) for k in range(len(tested))]:
+        log.warning(
+            "config.DATA.TRAIN has class numbers without names (pseudo-labels?), config.DATA.TEST the classes %s, ...: "
+            "test metrics compare the one with the other. Set config.TEST_MODEL=false, or give TEST labels of the same "
+            "kind.",
+            ", ".join(tested[:3]),
+        )
+    elif trained is not None and tested is not None and tested[: len(trained)] != trained:
+        log.warning(
+            "config.DATA.TRAIN has the classes %s, ..., config.DATA.TEST %s, ...: test metrics compare the one with the "
+            "other.",
+            ", ".join(trained[:3]),
+            ", ".join(tested[:3]),
+        )
 
 
 def find_checkpoint(config: Config, run_dir: Path) -> checkpoint.Saved | None:

@@ -87,7 +87,7 @@ def _next_level(names: list[str], typed: str, separator: str) -> list[str]:
     start = typed.rfind(separator) + 1
     found = []
     for name in names:
-        if name.startswith(typed):
+        if name.startswith(typed) and name != typed:
             head, more, _ = name[start:].partition(separator)
             found.append(name[:start] + head + more)
     return list(dict.fromkeys(found))

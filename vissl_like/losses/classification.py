@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vissl_like.errors import DataError
+from vissl_like.errors import ConfigError, DataError
 
 #: A target of this value says nothing about its class (multi-label).
 UNKNOWN = -1
@@ -27,7 +27,7 @@ def cross_entropy(
     """Sum over outputs (B, K) of the mean cross-entropy against target (B,) int64 or (B, K) shares of classes -> scalar.
 
     As VISSL's cross_entropy_multiple_output_single_target: `ignore_index` and `weight` do not apply to shares. Outputs
-    of half precision are raised to float32 first.
+    of half precision are raised to float32 first. A batch in which no target counts has loss 0.
     """
     losses = []
     for output in _as_list(outputs):
@@ -38,12 +38,33 @@ def cross_entropy(
         if target.ndim == 2:
             losses.append(F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=label_smoothing))
             continue
-        check_targets(target, num_classes=logits.shape[1])
-        scale = None if weight is None else torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
-        losses.append(
-            F.cross_entropy(logits, target, weight=scale, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        check_targets(target, num_classes=logits.shape[1], ignore_index=ignore_index)
+        scale = _class_weights(weight, logits)
+        total = F.cross_entropy(
+            logits, target, weight=scale, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
         )
+        losses.append(total / _count(target, scale, ignore_index=ignore_index))
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def _class_weights(weight: Sequence[float] | None, logits: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    if len(weight) != logits.shape[1]:
+        raise ConfigError(
+            f"config.LOSS.CROSS_ENTROPY.WEIGHT has {len(weight)} numbers, but the head has {logits.shape[1]} outputs. "
+            "Give one for each class."
+        )
+    return torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+
+
+def _count(target: Tensor, scale: Tensor | None, *, ignore_index: int) -> Tensor:
+    """What a sum over targets is divided by to give their mean; never 0, so that a batch without targets gives 0."""
+    known = target != ignore_index
+    if scale is None:
+        return known.sum().clamp(min=1)
+    count = scale[torch.where(known, target, 0)].mul(known).sum()
+    return torch.where(count > 0, count, 1.0)
 
 
 def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -71,13 +92,23 @@ def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction:
     return total
 
 
-def check_targets(target: Tensor, *, num_classes: int) -> None:
+def check_targets(target: Tensor, *, num_classes: int, ignore_index: int = UNKNOWN) -> None:
     """Raise DataError if a class number does not fit the head.
 
     Looks at tensors on the CPU only: on a GPU it would make every step wait, and the task knows the largest label.
     """
-    if target.device.type == "cpu" and target.numel():
-        check_largest(int(target.max()), num_classes=num_classes)
+    if target.device.type != "cpu":
+        return
+    wanted = target[target != ignore_index]
+    if not wanted.numel():
+        return
+    check_largest(int(wanted.max()), num_classes=num_classes)
+    if int(wanted.min()) < 0:
+        raise DataError(
+            f"a label is {int(wanted.min())}, which means that the image has none, but the loss leaves out "
+            f"config.LOSS.CROSS_ENTROPY.IGNORE_INDEX={ignore_index} alone. Set that to {int(wanted.min())}, or label all "
+            "images."
+        )
 
 
 def check_largest(label: int, *, num_classes: int) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vissl_like.config.schema_model import FeatureEval
 from vissl_like.errors import ConfigError
 from vissl_like.models.heads import is_chain
-from vissl_like.models.pooling import PooledFeature
-from vissl_like.models.trunk import Trunk
+from vissl_like.models.pooling import PooledFeature, pooled_shape
+from vissl_like.models.trunk import FLATTEN, Trunk, evaluating
 from vissl_like.registry import suggest
 
 HEADS = "heads"
@@ -69,17 +72,7 @@ class VisionModel(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return self._head_outputs(list(self.trunk_features(images).values()))
-
-    def _head_outputs(self, features: list[Tensor]) -> list[Tensor]:
-        if not len(self.heads):
-            return features
-        if is_chain(num_features=len(features), num_heads=len(self.heads)):
-            value = features[0]
-            for head in self.heads:
-                value = head(value)
-            return [value]
-        return [head(feature) for head, feature in zip(self.heads, features)]
+        return head_outputs(self.heads, list(self.trunk_features(images).values()))
 
     def trunk_features(self, images: Tensor) -> dict[str, Tensor]:
         """{name: pooled feature} in the order of LINEAR_EVAL_FEAT_POOL_OPS_MAP; {"flatten": (B, D)} without a map."""
@@ -96,7 +89,7 @@ class VisionModel(nn.Module):
         features = self.trunk_features(images)
         if not self.with_heads_features or not len(self.heads):
             return features
-        outputs = self._head_outputs(list(features.values()))
+        outputs = head_outputs(self.heads, list(features.values()))
         return features | {HEADS if i == 0 else f"{HEADS}_{i}": output for i, output in enumerate(outputs)}
 
     def _input(self, images: Tensor) -> Tensor:
@@ -105,6 +98,49 @@ class VisionModel(nn.Module):
             return images.flip(1)
         return images[:, :1] if self.input_type == "lab" else images
 
+    def check_input(self, shape: tuple[int, ...], *, key: str) -> None:
+        """Raise ConfigError if the model does not take images of this shape (C, H, W); `key`: what makes them."""
+        channels = self._input(torch.empty((1, *shape), device="meta")).shape[1]
+        wanted = self.trunk.adapter.in_channels
+        if channels != wanted:
+            raise ConfigError(
+                f"{key}: makes images of {shape[0]} channels, but the trunk {self.trunk.adapter.name!r} takes {wanted} "
+                f"(config.MODEL.INPUT_TYPE={self.input_type}). Change the transforms, or set the trunk's channels in "
+                "config.MODEL.TRUNK.OPTIONS."
+            )
+        try:
+            shapes = self.trunk.feature_shapes([item.layer for item in self.pooled], image_size=(shape[1], shape[2]))
+            features = [pooled_shape(item, shapes[item.layer], flatten=self.flatten) for item in self.pooled]
+            self._on_meta([torch.empty((2, *feature), device="meta") for feature in features])
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{key}: images of {shape[1]}x{shape[2]} do not fit the heads, whose sizes follow from the images of "
+                f"training ({error}). Make both of one size, or pool to a fixed size (AdaptiveAvgPool2d)."
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+
+    def _on_meta(self, features: list[Tensor]) -> list[Tensor]:
+        """Outputs of the heads for features on the meta device."""
+        return head_outputs(copy.deepcopy(self.heads).to("meta").eval(), features)
+
+    def idle_parameters(self, size: Sequence[int]) -> list[str]:
+        """Trainable parameters that no output depends on for images of this size: those behind the last wanted layer."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if not trained or all(item.layer == FLATTEN for item in self.pooled):
+            return []
+        tensors = dict(chain(self.named_parameters(), self.named_buffers()))
+        stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        wanted = [stand_ins[name].requires_grad_() for name in trained]
+        channels = 3 if self.input_type == "lab" else self.trunk.adapter.in_channels
+        with evaluating(self):
+            try:
+                outputs = functional_call(self, stand_ins, (torch.empty((2, channels, *size), device="meta"),))
+            except (NotImplementedError, RuntimeError):
+                return []  # a backbone that looks at values cannot run without them
+        found = torch.autograd.grad([output.sum() for output in outputs], wanted, allow_unused=True)
+        return [name for name, gradient in zip(trained, found) if gradient is None]
+
     def layer_names(self) -> list[str]:
         """Names that LINEAR_EVAL_FEAT_POOL_OPS_MAP may use (deeper modules too, by their dotted names)."""
         return self.trunk.layer_names()
@@ -112,3 +148,15 @@ class VisionModel(nn.Module):
     def feature_names(self) -> list[str]:
         """Names of the trunk features that this model returns, in order."""
         return [item.name for item in self.pooled]
+
+
+def head_outputs(heads: nn.ModuleList, features: list[Tensor]) -> list[Tensor]:
+    """What the heads make of the features: one output each, or that of their chain; no heads: the features."""
+    if not len(heads):
+        return features
+    if is_chain(num_features=len(features), num_heads=len(heads)):
+        value = features[0]
+        for head in heads:
+            value = head(value)
+        return [value]
+    return [head(feature) for head, feature in zip(heads, features)]

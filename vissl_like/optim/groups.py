@@ -6,6 +6,7 @@ A group is all parameters that share a role (trunk or head), a factor and a weig
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from vissl_like.config.schema_model import Optimizer as OptimizerOptions
 from vissl_like.config.schema_model import ParamGroup
 from vissl_like.errors import ConfigError
 from vissl_like.registry import resolve
+
+log = logging.getLogger(__name__)
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -195,6 +198,12 @@ def build_optimizer(groups: Sequence[Group], options: OptimizerOptions) -> torch
     parameters = [{"params": list(group.parameters), "lr": 0.0, "weight_decay": group.weight_decay} for group in groups]
     arguments = {name: getattr(options, key) for name, key in _ARGUMENTS.get(options.NAME, {}).items()}
     arguments |= options.OPTIONS
+    idle = _set_but_not_taken(options)
+    if idle:
+        log.warning(
+            "config.OPTIMIZER.NAME=%r does not take %s: set in vain. Its own arguments go into OPTIMIZER.OPTIONS.",
+            options.NAME, ", ".join(idle),
+        )  # fmt: skip
     try:
         if options.NAME.startswith("timm/"):
             from timm.optim import create_optimizer_v2
@@ -208,6 +217,16 @@ def build_optimizer(groups: Sequence[Group], options: OptimizerOptions) -> torch
             f"config.OPTIMIZER.NAME={options.NAME!r} with OPTIONS={options.OPTIONS}: {error}."
             f"{_known_arguments(options.NAME)}"
         ) from error
+
+
+def _set_but_not_taken(options: OptimizerOptions) -> list[str]:
+    """Options of single optimizers that differ from their defaults although this one does not read them."""
+    every = {key for taken in _ARGUMENTS.values() for key in taken.values()}
+    taken = set(_ARGUMENTS.get(options.NAME, {}).values())
+    fields = type(options).model_fields
+    return sorted(
+        key for key in every - taken if getattr(options, key) != fields[key].get_default(call_default_factory=True)
+    )
 
 
 def _known_arguments(name: str) -> str:

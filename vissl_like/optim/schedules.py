@@ -21,11 +21,21 @@ Curve = Callable[[float], float]
 #: Added to `where` before it is compared with a border, so that 3 * (1 / 3) counts as 1.
 WHERE_EPSILON = 1e-6
 
+#: At how many places of the training a schedule is looked at for values below zero, and what counts as zero.
+_LOOKS, _ROUNDING = 200, 1e-12
+
 
 def build_curve(schedule: Schedule, *, num_epochs: int, key: str = "LR") -> Curve:
     """The function of `where` that this section describes; `key` names the section in errors."""
     maker = resolve("schedule", schedule.NAME, key=f"OPTIMIZER.PARAM_SCHEDULERS.{key}.NAME")
-    return maker(schedule, num_epochs=num_epochs, key=key)
+    curve = maker(schedule, num_epochs=num_epochs, key=key)
+    lowest = min(curve(i / _LOOKS) for i in range(_LOOKS))
+    if lowest < -_ROUNDING:
+        raise ConfigError(
+            f"config.OPTIMIZER.PARAM_SCHEDULERS.{key}: the {schedule.NAME} schedule falls to {lowest:g}. With a value "
+            "below zero training would go uphill; mend its values."
+        )
+    return curve
 
 
 def where_at(schedule: Schedule, *, step: int, steps_per_epoch: int, num_epochs: int) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -104,10 +105,12 @@ class RunFolder:
         return next((stage for stage in stages if stage.get("NAME") == self.path.resolve().name), None)
 
     @property
-    def overrides(self) -> list[str]:
-        """`key=value` of the command line, or of the stage, without those that choose recipe and presets."""
-        given = self.stage.get("OVERRIDES") if self.stage else self.launch.get("overrides")
-        return [str(text) for text in given or [] if not str(text).startswith(("config=", "+config/"))]
+    def changes(self) -> dict[str, Any]:
+        """What the command line, or the pipeline for its stage, changed in the recipe: {dotted key: value}."""
+        if self.stage:
+            return flatten(self.stage.get("CONFIG") or {}, "config.")
+        pairs = [str(text).partition("=") for text in self.launch.get("overrides") or []]
+        return {key: value for key, _, value in pairs if key != "config" and not key.startswith("+config/")}
 
     @property
     def command_line(self) -> str:
@@ -129,6 +132,17 @@ class RunFolder:
             return "bad", "stopped: the loss was not finite"
         steps = [record["step"] for record in self.metrics if "step" in record]
         return "open", f"not finished (last recorded step {steps[-1]})" if steps else "not finished"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": leaf}; lists and empty mappings are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from vissl_like.outputs import figures
 from vissl_like.outputs.console import duration
-from vissl_like.outputs.report import REPORT_FILE, RunFolder, Section
+from vissl_like.outputs.report import REPORT_FILE, RunFolder, Section, flatten
 from vissl_like.outputs.writers import COORDINATES
 
 #: Parts of metric names that stand in a tile at the top of the results, in this order.
@@ -310,8 +310,7 @@ def configuration(run: RunFolder) -> Section | None:
 
     if not run.job:
         return None
-    overrides = [text.split("=", 1) for text in run.overrides]
-    given = [f'<td class="k">{escape(pair[0])}</td><td class="k">{escape(pair[-1])}</td>' for pair in overrides]
+    given = [f'<td class="k">{escape(key)}</td><td class="k">{_value(v)}</td>' for key, v in run.changes.items()]
     body = (
         "<h3>Changed from the recipe</h3>" + _folded_table(("option", "value"), given, open_rows=OPEN_ROWS)
         if given
@@ -364,17 +363,6 @@ def environment(run: RunFolder) -> Section | None:
         f'<td class="k">{escape(key)}</td><td class="k">{_value(value)}</td>' for key, value in flatten(values).items()
     ]
     return Section("Environment", _folded_table((), rows, open_rows=0, what="show {} entries"))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {"a.b.c": leaf}; lists and empty mappings are leaves."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
 
 
 def picture(path: Path, caption: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vissl_like.analysis.meters import MeterGroup
 from vissl_like.config.schema_model import Loss
+from vissl_like.errors import DataError
 from vissl_like.losses.classification import check_largest
 from vissl_like.registry import resolve
 
@@ -47,7 +48,10 @@ class Supervised(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The training step: {"loss": ()} and further scalars worth logging, each a mean over the batch."""
-        outputs = self.predict(self.model, batch)
+        try:
+            outputs = self.predict(self.model, batch)
+        except ValueError as error:
+            raise _explained(error, rows=len(batch["label"])) from error
         if self.train_meters is not None:
             self._remember(outputs, batch["label"])
         return {"loss": self.loss(outputs, batch["label"])}
@@ -111,6 +115,17 @@ class Supervised(nn.Module):
         outputs = [torch.cat(parts) for parts in zip(*(outputs for outputs, _ in self._pending))]
         self.train_meters.update(outputs, torch.cat([target for _, target in self._pending]))
         self._pending, self._num_pending = [], 0
+
+
+def _explained(error: ValueError, *, rows: int) -> Exception:
+    """Batch normalisation over a single value, in words of the configuration; any other error as it is."""
+    if "more than 1 value per channel" not in str(error):
+        return error
+    return DataError(
+        f"a batch of {rows} image{'s' * (rows > 1)} is too small for batch normalisation ({error}). It is the last one of "
+        "an epoch, or BATCHSIZE_PER_REPLICA is that small: set config.DATA.TRAIN.DROP_LAST=true, or change "
+        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA."
+    )
 
 
 def loss_function(options: Loss) -> Any:

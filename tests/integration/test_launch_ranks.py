@@ -1,0 +1,194 @@
+"""Several processes, signals and torchrun, by the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
+ENDINGS = ["engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=a"]
+TWO = "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+def finish(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", *overrides],
+        cwd=workdir,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that a test has started; what is left of them is ended afterwards."""
+    commands: list[subprocess.Popen[str]] = []
+    yield commands
+    for one in commands:
+        if one.poll() is None:
+            one.kill()
+        one.communicate()
+
+
+def start(started: list[subprocess.Popen[str]], workdir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run and wait until all its ranks listen for signals (or sleep)."""
+    command = subprocess.Popen(
+        [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", *overrides],
+        cwd=workdir,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.append(command)
+    ranks = 2 if TWO in overrides else 1
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and command.poll() is None:
+        lines = (workdir / "a/started.txt").read_text().splitlines() if (workdir / "a/started.txt").exists() else []
+        if len(lines) == ranks and (workdir / "a/listening").exists():
+            time.sleep(0.5)  # the other rank is about to listen
+            return command
+        time.sleep(0.1)
+    raise AssertionError(f"did not start: {command.communicate()}")
+
+
+def test_two_processes_meet_and_only_the_first_answers(tmp_path: Path) -> None:
+    done = finish(tmp_path, TWO)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
+    assert "results: loss=0.5, ranks=2" in done.stdout
+    assert sorted(line.split(",")[0] for line in (tmp_path / "a/started.txt").read_text().splitlines()) == [
+        "0 of 2",
+        "1 of 2",
+    ]
+    assert not (tmp_path / "a/.errors").exists()
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["complete"]
+
+
+def test_a_mistake_on_one_rank_reaches_the_terminal_as_itself(tmp_path: Path) -> None:
+    done = finish(tmp_path, TWO, "config.RUN.NAME=mistake")
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1] == "error: config.DATA: these images are wrong."
+    assert "Traceback" not in done.stderr and not (tmp_path / "a/manifest.json").exists()
+
+
+def test_a_defect_on_one_rank_names_its_place(tmp_path: Path) -> None:
+    done = finish(tmp_path, TWO, "config.RUN.NAME=defect")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ZeroDivisionError on rank 1: oops (") and "launch_plugin.py:" in last
+    assert "Traceback" not in done.stderr and "ZeroDivisionError: oops" in (tmp_path / "a/log.txt").read_text()
+
+
+def test_a_killed_rank_ends_the_run_with_its_cause_and_the_run_goes_on(tmp_path: Path) -> None:
+    done = finish(tmp_path, TWO, "config.RUN.NAME=killed")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1 was killed by signal 9 (SIGKILL)") and "to resume" in last
+    again = finish(tmp_path, TWO)
+    assert again.returncode == 0 and "continuing endings in a" in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_handed_on_and_the_ranks_save(
+    started: list[subprocess.Popen[str]], tmp_path: Path, number: int
+) -> None:
+    command = start(started, tmp_path, TWO, "config.RUN.NAME=stop")
+    command.send_signal(number)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 75
+    assert error.strip().splitlines()[-1] == f"stopped by {signal.Signals(number).name} after step 1."
+
+
+def test_a_signal_before_anything_can_be_saved(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    command = start(started, tmp_path, TWO, "config.RUN.NAME=deaf")
+    command.send_signal(signal.SIGTERM)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM before anything was saved" in error and "Traceback" not in error
+
+
+def test_ctrl_c_saves_where_the_loop_listens(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    command = start(started, tmp_path, "config.RUN.NAME=stop")
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 75 and "press Ctrl-C again" in error
+
+
+def test_ctrl_c_elsewhere_ends_the_run(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    command = start(started, tmp_path, "config.RUN.NAME=deaf")
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 130 and "interrupted" in error and "Traceback" not in error
+
+
+def torchrun(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The command as torchrun starts it: two processes, the agent's store."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    return subprocess.run(
+        [sys.executable, *launcher, "--rdzv-endpoint", "localhost:0", str(TOOL), *ENDINGS, *overrides],
+        cwd=workdir,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_an_environment_of_torchrun_is_recognised(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "config.DISTRIBUTED.NUM_PROC_PER_NODE=5")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
+    plan = json.loads((tmp_path / "a/plan.json").read_text())
+    assert plan["values"]["world_size"] == 2
+    assert {"key": "machines x processes", "given": "1 x 5", "used": "1 x 2", "reason": "started by torchrun"} in plan[
+        "rows"
+    ]
+    again = torchrun(tmp_path)
+    assert again.returncode == 0 and again.stderr.count("this run is finished") == 1
+
+
+def test_a_wrong_configuration_ends_all_processes_of_torchrun(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "config.SEED_VALU=1")
+    assert done.returncode != 0
+    assert done.stderr.count("unknown key config.SEED_VALU; did you mean config.SEED_VALUE?") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_processes_that_torchrun_did_not_start_meet_without_its_store(tmp_path: Path) -> None:
+    """RANK, WORLD_SIZE, MASTER_ADDR ... set by a scheduler: the first process serves the store."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu"],
+            cwd=tmp_path,
+            env={
+                **ENVIRONMENT,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outcomes = [process.communicate(timeout=150) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outcomes
+    assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2

@@ -1,0 +1,67 @@
+"""Sweeps: every point checked first, each in its own folder, a ledger, finished points skipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vissl_like.launch.main import main
+from vissl_like.launch.sweep import LEDGER, read
+
+HERE = Path(__file__).parent
+ENDINGS = ["-m", "engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=s"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(HERE)
+
+
+def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*ENDINGS, "config.SEED_VALUE=1,2", "config.RUN.NAME=mistake,ok"]
+    assert main(overrides) == 3
+    lines = read(Path("s") / LEDGER)
+    assert [(line["status"], line["exit"]) for line in lines] == [("failed", 3), ("done", 0)] * 2
+    assert [line["metrics"].get("seed") for line in lines] == [None, 1, None, 2]
+    assert [line["run_dir"] for line in lines] == [
+        f"s/SEED_VALUE-{seed}__RUN.NAME-{name}" for seed in (1, 2) for name in ("mistake", "ok")
+    ]
+    assert "config.SEED_VALUE=2" in lines[2]["overrides"]
+    printed = capsys.readouterr()
+    assert printed.out.count("failed (3)") == 2 and printed.out.count("done") == 2
+    assert json.loads(Path("s/SEED_VALUE-2__RUN.NAME-ok/results.json").read_text())["seed"] == 2
+
+    assert main(overrides) == 3  # finished points are skipped, failed ones are tried again
+    lines = read(Path("s") / LEDGER)
+    assert [line["status"] for line in lines] == ["failed", "done", "failed", "done", "failed", "failed"]
+    assert capsys.readouterr().err.count("finished before") == 2
+
+
+def test_a_mistake_in_any_point_stops_the_sweep_before_its_first_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ENDINGS, "config.SEED_VALUE=1,-2"]) == 2
+    assert "point 2 of the sweep: command line: config.SEED_VALUE=-2" in capsys.readouterr().err
+    assert main([*ENDINGS, "config.SEED_VALUE=1,2", "config.LABEL_PATHS=1"]) == 2
+    assert main([*ENDINGS, "config.MODEL.WEIGHTS_INIT.PARAMS_FILE=none.pth", "config.SEED_VALUE=1,2"]) == 3
+    assert not Path("s").exists()
+
+
+def test_a_killed_point_does_not_take_the_sweep_with_it() -> None:
+    assert main([*ENDINGS, "config.RUN.NAME=killed,ok"]) == 137
+    lines = read(Path("s") / LEDGER)
+    assert [(line["status"], line["exit"]) for line in lines] == [("failed", 137), ("done", 0)]
+
+
+def test_a_dry_run_of_a_sweep_lists_the_points(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ENDINGS, "config.SEED_VALUE=1,2", "config.RUN.DRY_RUN=true"]) == 0
+    text = capsys.readouterr().out
+    assert "config.SEED_VALUE=2 -> s/SEED_VALUE-2" in text and "nothing was started" in text
+    assert not Path("s").exists()
+
+
+def test_a_torn_ledger_line_is_left_out(tmp_path: Path) -> None:
+    ledger = tmp_path / LEDGER
+    ledger.write_text('{"status": "done"}\n{"status": "do')
+    assert read(ledger) == [{"status": "done"}]
