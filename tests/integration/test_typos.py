@@ -90,8 +90,8 @@ def test_the_right_key_is_suggested_first(
 def test_many_more_typos_are_understood() -> None:
     from vissl_like.config.suggest import suggest_keys
 
-    cases = typos(1000, seed=99)
-    right = sum(suggest_keys(tuple(wrong.split(".")))[:1] == [key] for wrong, key in cases)
+    cases = typos(400, seed=99)
+    right = sum(suggest_keys(tuple(wrong.split(".")))[:1] == (key,) for wrong, key in cases)
     assert right >= 0.98 * len(cases)
 
 

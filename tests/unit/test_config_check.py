@@ -30,7 +30,7 @@ def problems(*overrides: str) -> str:
         ("config.CLUSTERFIT.N_ITR=1", "did you mean config.CLUSTERFIT.NUM_ITER?"),
         ("config.TRUNK.NAME=resnet", "did you mean config.MODEL.TRUNK.NAME?"),
         ("config.OPTIMIZER.lr=1", "did you mean config.OPTIMIZER.PARAM_SCHEDULERS.LR?"),
-        ("OPTIMIZER.NUM_EPOCHS=3", "did you mean config.OPTIMIZER.NUM_EPOCHS?"),
+        ("OPTIMIZER.NUM_EPOCH=3", "did you mean config.OPTIMIZER.NUM_EPOCHS?"),
         ("config.OPTIMIZER.NUM EPOCHS=3", "did you mean config.OPTIMIZER.NUM_EPOCHS?"),
         ("config.OPTIMIZER.NUM-EPOCHS=3", "did you mean config.OPTIMIZER.NUM_EPOCHS?"),
         ("config.OPTIMIZER={NUM_EPOCH: 3}", "did you mean config.OPTIMIZER.NUM_EPOCHS?"),
@@ -193,7 +193,7 @@ def test_recipe_names(name: str, meant: str) -> None:
 
 
 def test_no_suggestion_where_nothing_is_near() -> None:
-    assert suggest_keys(("config", "QQQQQQ")) == []
+    assert suggest_keys(("config", "QQQQQQ")) == ()
     assert suggest_recipe("qqqqqq", Library()).startswith(". `list recipes` shows all")
 
 

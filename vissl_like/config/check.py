@@ -126,7 +126,7 @@ def _load(
     given = accept([*own, *request.values], found)
     resets = [path for path in request.resets if _can_reset(path, found)]
     try:
-        tree = _merged(trees, recipe, presets, library)
+        tree = compose.merge(trees, recipe=recipe, presets=presets)
         tree = compose.apply(tree, ((path, value) for path, value in flatten(between or {}) if value != {}))
         tree = compose.apply(tree, ((path, _default_of(path)) for path in resets))
         tree = compose.resolve(compose.apply(tree, given))
@@ -146,16 +146,6 @@ def _place_in_file(problem: str) -> tuple[str, int]:
     """Orders problems: those of the command line first, those of a file by line."""
     place = re.match(r"(\S+):(\d+): ", problem)
     return (place.group(1), int(place.group(2))) if place else ("", 0)
-
-
-def _merged(
-    trees: dict[str, dict[str, Any]], recipe: str | None, presets: Sequence[str], library: Library
-) -> dict[str, Any]:
-    """Recipes and presets merged; once per library, since points of a sweep and stages of a pipeline share them."""
-    key = (recipe, *presets)
-    if key not in library.merged:
-        library.merged[key] = compose.merge(trees, recipe=recipe, presets=presets)
-    return library.merged[key]
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

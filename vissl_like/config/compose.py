@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,8 @@ def parse_one(text: str) -> Parsed:
         return Parsed("preset", key, names)
     if key.split(".")[0] == "hydra":
         return _hydra_habit(key, text)
+    if key.split(".")[0] in schema.Config.model_fields:
+        key = f"config.{key}"  # the root holds nothing of these names, so there is no doubt what is meant
     if override.is_delete():
         return Parsed("reset", key)
     return Parsed("value", key, _keep_text(value, text))
@@ -232,11 +234,23 @@ def expand_sweep(overrides: list[str], recipe_names: list[str]) -> list[list[str
     return [[text for text in fixed.values() if text is not None] + list(point) for point in grid]
 
 
-def merge(trees: dict[str, dict[str, Any]], *, recipe: str | None, presets: Iterable[str]) -> dict[str, Any]:
+#: Results of merge() by what went into it: points of a sweep and stages of a pipeline share them.
+_merged: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+def merge(trees: dict[str, dict[str, Any]], *, recipe: str | None, presets: Sequence[str]) -> dict[str, Any]:
     """The defaults, the recipe with what it builds on, then the presets, merged by Hydra; lists are replaced whole.
 
-    `trees` holds every recipe involved by name: {"defaults": [...], "engine_name": ..., "config": {...}}.
+    `trees` holds every recipe involved by name: {"defaults": [...], "engine_name": ..., "config": {...}}. The result is
+    not to be changed.
     """
+    key = (recipe or "", *presets, repr(trees))
+    if key not in _merged:
+        _merged[key] = _merge(trees, recipe, presets)
+    return _merged[key]
+
+
+def _merge(trees: dict[str, dict[str, Any]], recipe: str | None, presets: Sequence[str]) -> dict[str, Any]:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.defaults(), package="_global_")
     store.store(name="primary", node=yaml.safe_load((packaged_configs() / "defaults.yaml").read_text(encoding="utf-8")))

@@ -62,8 +62,6 @@ class Library:
         self.folders = _folders(config_dirs or [])
         self._files: dict[str, Path] | None = None
         self._read: dict[str, Recipe] = {}
-        self.merged: dict[tuple[str | None, ...], dict[str, Any]] = {}
-        """What recipe and presets come to, kept by check.py."""
 
     @property
     def files(self) -> dict[str, Path]:

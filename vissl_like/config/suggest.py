@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 
 from vissl_like.config import aliases, reference
 from vissl_like.config.recipes import KeyPath, Library
 from vissl_like.config.spelling import FAR, is_part, nearest_paths
 
 
-def suggest_keys(path: KeyPath) -> list[str]:
+@lru_cache(maxsize=256)
+def suggest_keys(path: KeyPath) -> tuple[str, ...]:
     """Full keys that may be meant, best first: options, new names of old ones, and sections if nothing else is near."""
     while len(path) > 2 and path[-1].isdigit():
         path = path[:-1]
@@ -28,13 +30,13 @@ def suggest_keys(path: KeyPath) -> list[str]:
     ranked = [(apart - _is_inside(path, candidate), candidate) for apart, candidate in ranked]
     ranked.sort(key=lambda one: one[0])
     if not ranked:
-        return []
+        return ()
     best, first = ranked[0]
     is_sure = first[-1].lower() == path[-1].lower() or is_part(path[-1], first[-1])
-    if best > (FAR if is_sure else _limit(".".join(path[1:]))):
-        return []
+    if best > (FAR if is_sure else _limit(".".join(path[1:] or path))):
+        return ()
     near = [".".join(candidate) for apart, candidate in ranked if apart <= best + 0.5]
-    return list(dict.fromkeys(near))[: 1 if best <= 1 else 2]
+    return tuple(dict.fromkeys(near))[: 1 if best <= 1 else 2]
 
 
 def _is_inside(typed: KeyPath, known: KeyPath) -> bool:
