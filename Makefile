@@ -4,7 +4,7 @@
 #   make test | lint | bench | docs
 #   make demo PYTHON=python3.12   another interpreter (3.10 to 3.13) for .venv
 #   make demo DEMO=config.SEED_VALUE=1 DEMO_DIR=runs/demo_seed1           further overrides, another folder
-#   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   further arguments for pip
+#   make demo PIP_ARGS=...        further arguments for pip (another index, --constraint constraints.txt)
 
 PYTHON ?= python3
 VENV ?= .venv

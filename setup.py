@@ -59,7 +59,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["vissl_like*"]), "vissl_like.configs", "vissl_like.tools"],
     package_dir={"vissl_like.configs": "configs", "vissl_like.tools": "tools"},
-    package_data={"vissl_like": ["py.typed", "**/*.css", "**/*.yaml"], "vissl_like.configs": ["**/*.yaml", "**/*.json"]},
+    package_data={
+        "vissl_like": ["py.typed", "**/*.css", "**/*.yaml"],
+        "vissl_like.configs": ["**/*.yaml", "**/*.json"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vissl-like=vissl_like.tools.run_distributed_engines:main"]},

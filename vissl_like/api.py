@@ -18,6 +18,7 @@ from vissl_like.core.weights_export import export_state_dict
 from vissl_like.errors import DataError, WeightsError
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.models.zoo import build_saved_model
+from vissl_like.outputs.writers import read_metrics
 
 __all__ = ["Run", "export_state_dict", "load_model", "load_run"]
 
@@ -37,10 +38,7 @@ class Run:
 
     def metrics(self, kind: str = "") -> list[dict[str, Any]]:
         """Lines of metrics.jsonl in order; `kind` ("train", "test", ...) keeps those alone."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        entries = [json.loads(line) for line in lines if line.strip()]
-        return [entry for entry in entries if not kind or entry.get("kind") == kind]
+        return [entry for entry in read_metrics(self.path) if not kind or entry.get("kind") == kind]
 
     def model(self, *, device: str = "cpu", averaged: bool = False) -> VisionModel:
         """The model of the newest checkpoint, as load_model() gives it."""

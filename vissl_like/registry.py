@@ -109,4 +109,6 @@ def load_plugins(modules: list[str]) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ConfigError(f"config.PLUGINS: cannot import {module!r} ({error}). Install it or mend the name.") from error
+            raise ConfigError(
+                f"config.PLUGINS: cannot import {module!r} ({error}). Install it or mend the name."
+            ) from error

@@ -300,7 +300,7 @@ def _unknown(leaf: Leaf, found: _Findings, also: int = 0, inside: tuple[KeyPath,
     if inside is not None:  # children of a composite schedule look like the schedule itself
         section, prefix = inside
         typed = (*section, *leaf.path[len(prefix) :])
-    near = suggest_keys(typed)
+    near = list(suggest_keys(typed))
     if inside is not None:
         near = [
             ".".join((*prefix, *key.split(".")[len(inside[0]) :]))

@@ -26,7 +26,7 @@ from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import close_workers
 from vissl_like.errors import ConfigError
 from vissl_like.models.vision_model import VisionModel
-from vissl_like.models.zoo import build_model
+from vissl_like.models.zoo import build_model, stores_heads
 from vissl_like.outputs import console
 
 WEIGHTS_REPORT = "weights_report.json"
@@ -210,7 +210,7 @@ def load_model(config: Config, dataset: ImageDataset, run_dir: Path, *, with_hea
     """
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     if with_heads is None:
-        with_heads = settings.EVAL_TRUNK_AND_HEAD and not settings.EXTRACT_TRUNK_FEATURES_ONLY
+        with_heads = stores_heads(settings)
     rng.seed_model(config.SEED_VALUE)
     size = tuple(dataset[0]["data"].shape[-2:])
     model = build_model(config.MODEL, num_classes=dataset.num_classes, image_size=size, with_heads=with_heads)

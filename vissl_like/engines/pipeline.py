@@ -59,9 +59,7 @@ def _identity(folder: Path) -> str:
 
 def summary(table: Table, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The table of the recipe, filled with numbers: {columns, rows, notes}. A missing number is None."""
-    rows = [
-        [row.TITLE, *(results.get(row.STAGE, {}).get(key) for key in table.COLUMNS.values())] for row in table.ROWS
-    ]
+    rows = [[row.TITLE, *(results.get(row.STAGE, {}).get(key) for key in table.COLUMNS.values())] for row in table.ROWS]
     notes = [_RESULT.sub(lambda m: _show(results.get(m[1], {}).get(m[2])), note) for note in table.NOTES]
     return {"columns": ["", *table.COLUMNS], "rows": rows, "notes": notes}
 

@@ -52,7 +52,7 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     if sets:
         parts.append(("Data", [_describe_split(split, dataset) for split, dataset in sets.items()]))
     if sets and job.engine_name in _MODEL_ENGINES:
-        parts += _model_parts(job.config, plan, sets, is_training=job.engine_name == "train")
+        parts += _model_parts(job, plan, sets)
     text = "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts)
     return f"{text}\n\nDry run: nothing was started, nothing was written."
 
@@ -112,15 +112,16 @@ def _describe_split(split: str, dataset: ImageDataset) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- model
-def _model_parts(
-    config: Config, plan: Plan, sets: dict[str, ImageDataset], *, is_training: bool
-) -> list[tuple[str, list[str]]]:
+def _model_parts(job: Job, plan: Plan, sets: dict[str, ImageDataset]) -> list[tuple[str, list[str]]]:
     from vissl_like.core.weights import load_initial_weights
-    from vissl_like.models.zoo import build_on_meta
+    from vissl_like.models.zoo import build_on_meta, stores_heads
 
+    config, is_training = job.config, job.engine_name == "train"
+    predicts = is_training or job.engine_name == "extract_label_predictions"
+    with_heads = predicts or stores_heads(config.MODEL.FEATURE_EVAL_SETTINGS)
     shape = tuple(next(iter(sets.values()))[0]["data"].shape)
     classes = max((dataset.num_classes or 0 for dataset in sets.values()), default=0)
-    model = build_on_meta(config.MODEL, num_classes=classes or None, image_size=shape[-2:])
+    model = build_on_meta(config.MODEL, num_classes=classes or None, image_size=shape[-2:], with_heads=with_heads)
     weights = config.MODEL.WEIGHTS_INIT
     if weights.PARAMS_FILE.startswith(("http://", "https://", "hf:", "timm:", "torchvision:")):
         loaded = [f"{weights.PARAMS_FILE} is fetched and checked when the run starts"]

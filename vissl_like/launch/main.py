@@ -135,14 +135,12 @@ def _complete(words: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- launch
 def _launch(overrides: list[str], *, config_dirs: list[str]) -> int:
-    if _is_torchrun():
+    from vissl_like.launch.machine import started_by_torchrun
+
+    if started_by_torchrun():
         return _launch_with_others(overrides, config_dirs=config_dirs)
     loaded = _load(overrides, config_dirs=config_dirs)
     return start(loaded, config_dirs=config_dirs)
-
-
-def _is_torchrun() -> bool:
-    return "RANK" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _load(overrides: list[str], *, config_dirs: list[str]) -> Loaded:

@@ -25,6 +25,7 @@ from vissl_like.config.check import Loaded, load_sweep
 from vissl_like.config.rules import check_files
 from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DATA, EXIT_DEFECT, EXIT_DONE, EXIT_STOPPED, ConfigError
 from vissl_like.launch import folder
+from vissl_like.launch.machine import started_by_torchrun
 
 LEDGER = "sweep.jsonl"
 
@@ -45,7 +46,7 @@ class Point:
 
 def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     """Compose and check all points, then run them; returns the gravest exit code."""
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if started_by_torchrun():
         raise ConfigError("-m: a sweep starts processes itself; run it without torchrun.")
     points = make_points(load_sweep(overrides, config_dirs=config_dirs))
     for note in dict.fromkeys(note for point in points for note in point.loaded.notes):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vissl_like.config.schema_model import Model
+from vissl_like.config.schema_model import FeatureEval, Model
 from vissl_like.config.schema_model import Trunk as TrunkSection
 from vissl_like.errors import ConfigError
 from vissl_like.models import libraries, pooling
@@ -67,11 +67,16 @@ def build_saved_model(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Vi
 
 
 def build_on_meta(
-    model: Model, *, num_classes: int | None, image_size: int | tuple[int, int] | None = None
+    model: Model, *, num_classes: int | None, image_size: int | tuple[int, int] | None = None, with_heads: bool = True
 ) -> VisionModel:
     """The same model without memory for its parameters: for counting and shapes in a dry run."""
     with torch.device("meta"):
-        return build_model(model, num_classes=num_classes, image_size=image_size)
+        return build_model(model, num_classes=num_classes, image_size=image_size, with_heads=with_heads)
+
+
+def stores_heads(settings: FeatureEval) -> bool:
+    """Whether an extraction wants the outputs of the heads beside the features; without them it needs no heads."""
+    return settings.EVAL_TRUNK_AND_HEAD and not settings.EXTRACT_TRUNK_FEATURES_ONLY
 
 
 def build_trunk(section: TrunkSection, *, input_type: str = "rgb") -> Trunk:
