@@ -5,6 +5,9 @@ Everything that is the user's to mend is a UserError: the terminal shows its mes
 
 from __future__ import annotations
 
+import sys
+import traceback
+
 EXIT_DONE = 0
 EXIT_DEFECT = 1
 EXIT_CONFIGURATION = 2
@@ -40,3 +43,15 @@ class Stopped(Exception):
     """The run was stopped by a signal after it had saved; starting it again goes on from there."""
 
     exit_code = EXIT_STOPPED
+
+
+def show_error(error: Exception) -> int:
+    """Print an error to the terminal; returns the exit code. Only defects outside of a run show a traceback."""
+    code: int | None = getattr(error, "exit_code", None)
+    if code is None:
+        traceback.print_exception(error)
+        print(f"error: {type(error).__name__}: {error}. This is a defect of the program.", file=sys.stderr)
+        return EXIT_DEFECT
+    prefix = "" if isinstance(error, Stopped) else "error: "
+    print(f"{prefix}{error}", file=sys.stderr)
+    return code

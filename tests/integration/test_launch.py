@@ -147,6 +147,19 @@ def test_inputs_that_changed_since_are_named(tmp_path: Path, capsys: pytest.Capt
     assert f"what it was made from has changed since: {labels}" in capsys.readouterr().err
 
 
+def test_a_folder_in_use_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vissl_like.launch import folder
+
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (workplace / "a").mkdir()
+    folder.write_json(workplace / "a/.running", folder._identity(other.pid))
+    assert run("config.RUN.DIR=a") == 2
+    assert f"another run is going on in this folder (process {other.pid})" in capsys.readouterr().err
+    other.communicate(b"\n")
+    assert run("config.RUN.DIR=a") == 0  # the mark of a process that has ended means nothing
+    assert not (workplace / "a/.running").exists()
+
+
 def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("x")
     assert run("config.RUN.DIR=file") == 2

@@ -18,7 +18,7 @@ def config(*overrides: str, recipe: str = CLUSTERFIT) -> Config:
 
 
 def plan(
-    given: Config, processes: int = 1, *, device: str = "cpu", num_train: int | None = 1000, cores: int = 16
+    given: Config, processes: int = 1, *, device: str = "cpu", num_train: int | None = 1000, cores: int = 64
 ) -> Plan:
     return make_plan(given, num_processes=processes, device=device, num_train=num_train, cores=cores)
 
@@ -142,3 +142,9 @@ def test_table_and_file(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["rows"][0] == {"key": "RUN.DIR", "given": "", "used": "runs/x", "reason": "the recipe's name"}
     assert content["values"]["global_batch"] == 32 and content["warnings"] == list(found.warnings)
+
+
+def test_more_processes_than_cores_are_a_warning() -> None:
+    (first, *_) = plan(config(), 8, cores=2).warnings
+    assert first.startswith("config.DISTRIBUTED.NUM_PROC_PER_NODE=8: so many processes share 2 CPU cores")
+    assert not plan(config(), 8, cores=2, device="gpu").warnings

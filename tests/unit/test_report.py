@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vissl_like.config.schema import Job
-from vissl_like.outputs.report import RunFolder, flatten, write_report
+from vissl_like.outputs.report import write_report
 from vissl_like.outputs.report_sections import headline_keys, lines_of
+from vissl_like.outputs.run_folder import RunFolder, flatten
 
 
 class Page(HTMLParser):

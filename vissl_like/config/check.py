@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from vissl_like.config import aliases, components, compose, reference, rules, sc
 from vissl_like.config.recipes import KeyPath, Leaf, Library, Recipe, current_library, flatten, new_library
 from vissl_like.config.schema import Job
 from vissl_like.config.spelling import nearest
+from vissl_like.config.stages import stage_jobs
 from vissl_like.config.suggest import suggest_keys, suggest_recipe
 from vissl_like.errors import ConfigError
 
@@ -92,7 +94,7 @@ def load_sweep(overrides: Sequence[str], *, config_dirs: list[str] | None = None
     return [loaded for loaded, _ in results if loaded is not None]
 
 
-def stage_job(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:
+def compose_stage(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:
     """A recipe (or the defaults), `inherited` values of a checked job over it, then its `own`: a pipeline's stage."""
     named = [f"config={recipe}"] if recipe else []
     leaves = [Leaf(path, value, where) for path, value in flatten(own) if value != {}]
@@ -422,6 +424,13 @@ def _value_at(tree: Any, path: KeyPath) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
+def _check_stages(job: Job, found: _Findings) -> None:
+    try:
+        stage_jobs(job, Path(job.config.RUN.DIR or "run"), compose_stage)
+    except ConfigError as error:
+        found.problem(str(error), found.place(("config", "PIPELINE", "STAGES")))
+
+
 def _check_contents(job: Job, found: _Findings) -> None:
     """Names of components always; what fits together only if there is no other problem that could be the cause."""
     try:
@@ -435,5 +444,7 @@ def _check_contents(job: Job, found: _Findings) -> None:
         return
     for key, text in rules.fit_problems(job):
         found.problem(text, found.place(tuple(key.split("."))))
+    if job.engine_name == "pipeline":
+        _check_stages(job, found)
     for key, text in rules.remarks(job):
         found.note(text, found.place(tuple(key.split("."))))

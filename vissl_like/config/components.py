@@ -20,6 +20,7 @@ KINDS = {
     "engines": "engine",
     "losses": "loss",
     "trunks": "trunk",
+    "models": "trunk",
     "heads": "head",
     "optimizers": "optimizer",
     "tasks": "task",
@@ -93,6 +94,11 @@ def transform_names() -> tuple[str, ...]:
     return tuple(sorted({*own, *(_torchvision_names() - set(refused))}))
 
 
+def knows_torchvision() -> bool:
+    """Whether the names of torchvision's transforms could be read; if not, the run itself has to judge names."""
+    return bool(_torchvision_names())
+
+
 def description(target: str) -> str:
     """First line of the docstring of "module:attribute", from its source; "" for other libraries."""
     module, _, attribute = target.partition(":")
@@ -129,6 +135,7 @@ def _literal_keys(module: str, variable: str) -> list[str]:
     return []
 
 
+@lru_cache(maxsize=1)
 def _torchvision_names() -> set[str]:
     """Classes that torchvision.transforms.v2 exports, read from its __init__.py."""
     spec = importlib.util.find_spec("torchvision")

@@ -321,10 +321,3 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"a reference ${{...}} cannot be resolved: {str(error).splitlines()[0]}.") from None
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
-
-
-def compose_stage(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> schema.Job:
-    """A stage of a pipeline: the recipe (or none), `inherited` over it, then `own`. Checked; files are not."""
-    from vissl_like.config.check import stage_job
-
-    return stage_job(recipe, inherited, own, where=where)

@@ -103,8 +103,17 @@ def make_plan(
         lr=lr,
         lr_head=lr_head,
         rows=tuple(rows),
-        warnings=tuple(warnings),
+        warnings=(*_crowding(device, local=local, cores=cores), *warnings),
     )
+
+
+def _crowding(device: str, *, local: int, cores: int) -> list[str]:
+    if device == "gpu" or local <= cores:
+        return []
+    return [
+        f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local}: so many processes share {cores} CPU core{'s' * (cores > 1)}; "
+        "config.DISTRIBUTED.NUM_PROC_PER_NODE=1 is faster."
+    ]
 
 
 def usable_cores() -> int:

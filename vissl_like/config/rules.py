@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from vissl_like.config import components
@@ -68,7 +67,7 @@ def _transform_problems(config: Config) -> Iterator[Problem]:
                 continue
             known = components.transform_names()
             near = nearest(name, known) if name not in known else []
-            if name not in known:
+            if name not in known and components.knows_torchvision():
                 hint = f"; did you mean {near[0]}?" if near else "."
                 yield key, f"{key}.name={name!r}: no such transform{hint} `list transforms` shows all."
 
@@ -169,18 +168,6 @@ def _engine_needs(job: Job) -> Iterator[Problem]:
                 f"{key}=[]: the engine {job.engine_name} needs data here, for example [disk_folder] with "
                 f"config.DATA.{split}.DATA_PATHS=[FOLDER]; or start from a recipe (`list recipes`).",
             )
-    if job.engine_name == "pipeline":
-        yield from _pipeline_problems(job)
-
-
-def _pipeline_problems(job: Job) -> Iterator[Problem]:
-    from vissl_like.config.compose import compose_stage
-    from vissl_like.config.stages import stage_jobs
-
-    try:
-        stage_jobs(job, Path("run"), compose_stage)
-    except ConfigError as error:
-        yield "config.PIPELINE.STAGES", str(error)
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ class StageJob:
 
 
 class Compose(Protocol):
-    """config.compose.compose_stage: the recipe (or none), inherited values over it, then the stage's own."""
+    """config.check.compose_stage: the recipe (or none), inherited values over it, then the stage's own."""
 
     def __call__(self, recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job: ...
 

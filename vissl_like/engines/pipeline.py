@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vissl_like.config.compose import compose_stage
+from vissl_like.config.check import compose_stage
 from vissl_like.config.schema import Job, Table
 from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.launch.local import LaunchInfo, launch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from vissl_like.config import components, reference
 from vissl_like.config.recipes import Library
 from vissl_like.errors import ConfigError
+from vissl_like.launch.verbs import VERBS
 
 _FLAGS = ("--help", "--version", "--multirun", "--config-dir", "--shell-completion")
-_VERBS = ("options", "list", "report")
 
 _BASH = """\
 # bash completion for vissl-like. To use it: eval "$(vissl-like --shell-completion bash)"
@@ -62,14 +62,14 @@ def complete(words: list[str]) -> list[str]:
         found = list(_FLAGS)
     else:
         found = _overrides(word)
-    return [candidate for candidate in found if candidate.startswith(word)]
+    return [candidate for candidate in dict.fromkeys(found) if candidate.startswith(word)]
 
 
 def _overrides(word: str) -> list[str]:
     key, equals, value = word.partition("=")
     if not equals:
         groups = [f"+config/{group}=" for group in _preset_groups()] if word.startswith("+") else []
-        return [*_VERBS, "config=", "engine_name=", *groups, *_keys(word.lstrip("+~"), ends="=")]
+        return [*VERBS, "config=", "engine_name=", *groups, *_keys(word.lstrip("+~"), ends="=")]
     if key == "config":
         return [f"config={name}" for name in _next_level(list(Library().files), value, "/")]
     if key.startswith("+config/"):

@@ -97,7 +97,7 @@ def _configuration(job: Job) -> list[str]:
 
 
 def _stages(job: Job, run_dir: Path) -> Iterator[str]:
-    from vissl_like.config.compose import compose_stage
+    from vissl_like.config.check import compose_stage
 
     for stage in stage_jobs(job, run_dir, compose_stage):
         done = "finished" if folder.read_json(stage.run_dir / folder.MANIFEST_FILE).get("complete") else "to do"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,7 @@ LAUNCH_FILE = "launch.json"
 MANIFEST_FILE = "manifest.json"
 RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
+OCCUPIED_FILE = ".running"
 
 #: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
 OUTPUTS = (
@@ -99,10 +102,17 @@ def finished(job: Job, run_dir: Path) -> dict[str, Any] | None:
     return read_json(run_dir / RESULTS_FILE)
 
 
-def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
-    """Make the folder (empty of former outputs if RUN.OVERWRITE) and write what ranks and the report read."""
+def make(run_dir: Path) -> None:
+    """Make the run folder."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot be made ({error}).") from error
+
+
+def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
+    """Empty the folder of former outputs if RUN.OVERWRITE, and write what ranks and the report read."""
+    try:
         if job.config.RUN.OVERWRITE and is_run(run_dir):
             _remove_outputs(run_dir)
         (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
@@ -140,6 +150,38 @@ def complete(job: Job, plan: Plan, run_dir: Path, *, results: dict[str, Any], se
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+
+
+# ------------------------------------------------------------------------------------------------------- one at a time
+@contextlib.contextmanager
+def occupied(run_dir: Path) -> Iterator[None]:
+    """Mark the folder as in use by this process; raises ConfigError if a living process of this machine uses it."""
+    mark = run_dir / OCCUPIED_FILE
+    known = read_json(mark)
+    pid = known.get("pid")
+    if isinstance(pid, int) and pid != os.getpid() and known == _identity(pid):
+        raise ConfigError(
+            f"config.RUN.DIR={str(run_dir)!r}: another run is going on in this folder (process {pid}). Wait for it, end "
+            "it, or choose another config.RUN.DIR."
+        )
+    write_json(mark, _identity(os.getpid()))
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """What tells a process from all others, also from a later one with its number; empty if it has ended."""
+    identity: dict[str, Any] = {"pid": pid, "host": platform.node()}
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except ProcessLookupError:
+        return {}
+    except OSError:  # another user's process, or a system without /proc
+        return identity
+    return {} if state[0] == "Z" else {**identity, "born": state[19]}
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

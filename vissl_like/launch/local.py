@@ -28,7 +28,7 @@ from vissl_like.config.plan import Plan, make_plan, table
 from vissl_like.config.rules import check_files
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
-from vissl_like.errors import ConfigError, Stopped, UserError
+from vissl_like.errors import ConfigError, DataError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
 from vissl_like.launch.folder import LaunchInfo
 from vissl_like.launch.machine import Processes, processes_for, started_by_torchrun, write_environment
@@ -78,15 +78,26 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
         return results
     _check_start(job, processes)
     is_continued = folder.is_run(run_dir) and not job.config.RUN.OVERWRITE
-    folder.prepare(job, plan, run_dir, info)
-    with logs.to_file(run_dir):
-        _announce(job, plan, run_dir, is_continued=is_continued)
-        write_environment(run_dir)
-        began = time.monotonic()
-        results = _run(job, plan, run_dir)
-        folder.complete(job, plan, run_dir, results=results, seconds=time.monotonic() - began)
-        _write_report(job, run_dir)
-        log.info("finished in %.1f s: %s", time.monotonic() - began, run_dir)
+    folder.make(run_dir)
+    with folder.occupied(run_dir):
+        folder.prepare(job, plan, run_dir, info)
+        with logs.to_file(run_dir):
+            _announce(job, plan, run_dir, is_continued=is_continued)
+            return _run_to_the_end(job, plan, run_dir)
+
+
+def _run_to_the_end(job: Job, plan: Plan, run_dir: Path) -> dict[str, Any]:
+    """Run, and write down results, manifest and report."""
+    write_environment(run_dir)
+    began = time.monotonic()
+    results = _run(job, plan, run_dir)
+    seconds = time.monotonic() - began
+    try:
+        folder.complete(job, plan, run_dir, results=results, seconds=seconds)
+    except OSError as error:
+        raise DataError(f"{run_dir}: the results cannot be written ({error}). Mend that and start again.") from error
+    _write_report(job, run_dir)
+    log.info("finished in %.1f s: %s", seconds, run_dir)
     return results
 
 

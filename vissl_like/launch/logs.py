@@ -36,6 +36,9 @@ class LogFile(logging.FileHandler):
         super().__init__(run_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is reported by whoever writes something that matters."""
+
 
 def to_console(*, verbose: bool = False, rank: int = 0) -> None:
     """Send log lines to the terminal, once per process; ranks other than the first send warnings only."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vissl_like import __version__
 from vissl_like.config.spelling import nearest
-from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_DONE, ConfigError, Stopped, UserError
+from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_DONE, ConfigError, Stopped, UserError, show_error
 
 if TYPE_CHECKING:
     from vissl_like.config.check import Loaded
 
-VERBS = ("options", "list", "report")
 FLAGS = ("--help", "--version", "--multirun", "--config-dir", "--shell-completion")
 _SHORT = {"-h": "--help", "-m": "--multirun", "-cd": "--config-dir"}
 _WITH_VALUE = ("--config-dir", "--shell-completion")
@@ -54,18 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     except Exception as error:
         return show_error(error)
-
-
-def show_error(error: Exception) -> int:
-    """Print an error to the terminal; returns the exit code. Only defects outside of a run show a traceback."""
-    code: int | None = getattr(error, "exit_code", None)
-    if code is None:
-        traceback.print_exception(error)
-        print(f"error: {type(error).__name__}: {error}. This is a defect of the program.", file=sys.stderr)
-        return EXIT_DEFECT
-    prefix = "" if isinstance(error, Stopped) else "error: "
-    print(f"{prefix}{error}", file=sys.stderr)
-    return code
 
 
 def _split(arguments: list[str]) -> Arguments:
@@ -114,7 +99,7 @@ def _dispatch(arguments: Arguments) -> int:
         print(verbs.short_help(), file=sys.stderr)
         return EXIT_CONFIGURATION
     verb, *rest = arguments.words
-    if verb in VERBS:
+    if verb in verbs.VERBS:
         print(verbs.answer(verb, rest, config_dirs=arguments.config_dirs))
         return EXIT_DONE
     verbs.check_words(arguments.words, config_dirs=arguments.config_dirs)
@@ -140,6 +125,8 @@ def _launch(overrides: list[str], *, config_dirs: list[str]) -> int:
     if started_by_torchrun():
         return _launch_with_others(overrides, config_dirs=config_dirs)
     loaded = _load(overrides, config_dirs=config_dirs)
+    from vissl_like.launch.start import start
+
     return start(loaded, config_dirs=config_dirs)
 
 
@@ -152,38 +139,10 @@ def _load(overrides: list[str], *, config_dirs: list[str]) -> Loaded:
     return loaded
 
 
-def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
-    """Start a checked job, or make its dry run; returns 0. Everything else is raised."""
-    from vissl_like.config.rules import check_files
-    from vissl_like.launch import folder, logs
-
-    job = loaded.job
-    info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
-    where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
-    check_files(job)  # lost files are reported before torch is imported
-    logs.to_console(verbose=job.config.VERBOSE)
-    if job.config.RUN.DRY_RUN:
-        from vissl_like.launch.dry_run import dry_run
-
-        print(dry_run(job, where, info))
-        return EXIT_DONE
-    from vissl_like.launch.local import launch
-
-    show_results(launch(job, where, info))
-    return EXIT_DONE
-
-
-def show_results(results: dict[str, object]) -> None:
-    """The numbers of a run, a few per line."""
-    numbers = [f"{key}={value:.4g}" for key, value in results.items() if isinstance(value, float)]
-    numbers += [f"{key}={value}" for key, value in results.items() if isinstance(value, int)]
-    if 0 < len(numbers) <= 20:
-        print("results: " + ", ".join(numbers), flush=True)
-
-
 def _launch_with_others(overrides: list[str], *, config_dirs: list[str]) -> int:
     """As one of the processes that torchrun started: the first composes and tells the others what to run."""
     from vissl_like.launch import torchrun
+    from vissl_like.launch.start import start
 
     if not torchrun.is_first():
         from vissl_like.launch.local import follow

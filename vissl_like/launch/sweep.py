@@ -23,9 +23,18 @@ from typing import Any
 
 from vissl_like.config.check import Loaded, load_sweep
 from vissl_like.config.rules import check_files
-from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DATA, EXIT_DEFECT, EXIT_DONE, EXIT_STOPPED, ConfigError
+from vissl_like.errors import (
+    EXIT_CONFIGURATION,
+    EXIT_DATA,
+    EXIT_DEFECT,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    show_error,
+)
 from vissl_like.launch import folder
 from vissl_like.launch.machine import started_by_torchrun
+from vissl_like.launch.start import start
 
 LEDGER = "sweep.jsonl"
 
@@ -151,8 +160,6 @@ def _child(point: Point, config_dirs: list[str]) -> None:
 
 
 def _run_point(point: Point, config_dirs: list[str]) -> int:
-    from vissl_like.launch.main import show_error, start
-
     try:
         return start(point.loaded, config_dirs=config_dirs, run_dir=str(point.run_dir))
     except KeyboardInterrupt:

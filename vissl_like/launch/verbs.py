@@ -14,6 +14,7 @@ from vissl_like.config.suggest import suggest_keys
 from vissl_like.errors import ConfigError
 
 PROGRAM = "vissl-like"
+VERBS = ("options", "list", "report")
 
 
 def help_text() -> str:
@@ -75,7 +76,6 @@ def answer(verb: str, words: list[str], *, config_dirs: list[str]) -> str:
 
 def check_words(words: list[str], *, config_dirs: list[str]) -> None:
     """Words that are neither verbs nor overrides: what may be meant by them."""
-    from vissl_like.launch.main import VERBS
 
     for word in words:
         if "=" in word or word.startswith("~"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from vissl_like.outputs import figures
 from vissl_like.outputs.console import duration
-from vissl_like.outputs.report import REPORT_FILE, RunFolder, Section, flatten
+from vissl_like.outputs.run_folder import REPORT_FILE, RunFolder, Section, flatten
 from vissl_like.outputs.writers import COORDINATES
 
 #: Parts of metric names that stand in a tile at the top of the results, in this order.
