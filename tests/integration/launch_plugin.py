@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,4 +43,6 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         time.sleep(60)
     distributed.barrier()
     ranks = distributed.all_gather_object(world.rank)
+    if multiprocessing.current_process().name != "MainProcess" and world.size > 1 and "hydra" in sys.modules:
+        raise AssertionError("a rank composes nothing and needs no Hydra")
     return {"ranks": len(ranks), "seed": job.config.SEED_VALUE, "loss": 0.5}

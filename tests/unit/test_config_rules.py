@@ -68,6 +68,24 @@ def test_options_that_do_not_fit_together(overrides: list[str], message: str) ->
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.NEAREST_NEIGHBOR.TOPK=[20,0]", "config.NEAREST_NEIGHBOR.TOPK=[20, 0]: must be one or more whole numbers"),
+        ("config.NEAREST_NEIGHBOR.TOPK=[]", "config.NEAREST_NEIGHBOR.TOPK=[]: must be one or more"),
+        ("config.LOW_SHOT.SAMPLES_PER_CLASS=[0]", "config.LOW_SHOT.SAMPLES_PER_CLASS=[0]: must be one or more"),
+        ("config.LINEAR_PROBE.C=[0.1,-1]", "config.LINEAR_PROBE.C=[0.1, -1.0]: must be one or more numbers, each more than 0"),
+        ("config.LINEAR_PROBE.C=[]", "config.LINEAR_PROBE.C=[]: must be one or more"),
+        ("config.METERS.ACCURACY_LIST_METER.TOPK_VALUES=[0]", "TOPK_VALUES=[0]: must be one or more whole numbers"),
+        ("config.EVALUATE.PROTOCOLS=[]", "config.EVALUATE.PROTOCOLS=[]: nothing would be measured"),
+    ],
+)  # fmt: skip
+def test_lists_of_numbers_have_elements_and_bounds(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job([BASE, override])
+    assert message in str(caught.value)
+
+
 def test_milestones_beyond_the_end_are_a_warning() -> None:
     overrides = [f"{LR}.NAME=multistep", f"{LR}.VALUES=[3,2,1]", f"{LR}.MILESTONES=[1,30]"]
     notes = load_job([BASE, *overrides]).notes
@@ -112,6 +130,31 @@ def test_files_that_are_there_are_returned_and_names_are_no_files(tmp_path: Path
         "config.MODEL.WEIGHTS_INIT.PARAMS_FILE='timm:resnet18'",
     )
     assert found == [f"{tmp_path}/labels.npy"]
+
+
+def test_the_catalog_is_consulted_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.DATA.TRAIN.DATASET_NAMES=[mine]"]
+    with pytest.raises(DataError, match=r"config\.DATA\.TRAIN\.DATASET_NAMES='mine'.*DATA_PATHS"):
+        check(*overrides)
+    (tmp_path / "dataset_catalog.json").write_text('{"mine": {"train": ["images", ""]}}')
+    with pytest.raises(DataError, match=r"config\.DATA\.TRAIN\.DATASET_NAMES\.0=.*images': no such file"):
+        check(*overrides)
+    (tmp_path / "images").mkdir()
+    assert check(*overrides) == [str(tmp_path / "images")]
+
+
+def test_files_of_all_stages_are_checked_except_those_that_stages_make(tmp_path: Path) -> None:
+    from vissl_like.launch.inputs import check_inputs
+
+    stages = (
+        "[{NAME: a, CONFIG: {MODEL: {WEIGHTS_INIT: {PARAMS_FILE: none.pth}}}},"
+        " {NAME: b, CONFIG: {MODEL: {WEIGHTS_INIT: {PARAMS_FILE: '{a}'}}}}]"
+    )
+    overrides = ["engine_name=pipeline", f"config.RUN.DIR={tmp_path}/run", f"config.PIPELINE.STAGES={stages}"]
+    with pytest.raises(WeightsError, match=r"PARAMS_FILE='none\.pth'") as caught:
+        check_inputs(load_job([BASE, *overrides]).job)
+    assert "run/a" not in str(caught.value)
 
 
 def test_a_split_that_is_not_read_need_not_exist(tmp_path: Path) -> None:

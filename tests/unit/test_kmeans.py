@@ -221,6 +221,15 @@ def test_pca_of_too_many_dimensions_is_an_error() -> None:
         fit_pca(ArrayRows(blobs()), 13, key="CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION")
 
 
+def test_whitening_does_not_blow_up_directions_without_variance() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(500, 3)) @ rng.normal(size=(3, 12))).astype(np.float16).astype(np.float32)
+    x[:, 3:] = x[:, :1]  # three directions at most
+    y = fit_pca(ArrayRows(x), 6, whiten=True)(x)
+    np.testing.assert_allclose((y[:, :3] ** 2).sum(0), 1, rtol=1e-4)
+    assert (y[:, 3:] == 0).all()
+
+
 def test_standardised_rows() -> None:
     x = blobs(n=5000) * np.linspace(1, 50, 12, dtype=np.float32) + 1000
     x[:, 3] = 7

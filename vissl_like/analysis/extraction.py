@@ -184,18 +184,23 @@ def feature_shapes(model: nn.Module, dataset: ImageDataset, *, loading: Loading)
 
 def subject_of(dataset: ImageDataset, identity: Mapping[str, Any]) -> Subject:
     """What the feature files say about the data set."""
-    replaced = dataset.views.label_names is not None  # labels that a transform makes are not those of the images
+    replaced = dataset.views.label_names is not None
     return Subject(
         split=dataset.split,
         paths=dataset.paths,
         stamps=dataset.stamps,
-        labels=None if replaced else dataset.labels,
+        labels=stored_labels(dataset),
         root=dataset.root,
         name=dataset.name,
         fingerprint=dataset.fingerprint,
         class_names=None if replaced else dataset.class_names,
         identity=dict(identity),
     )
+
+
+def stored_labels(dataset: ImageDataset) -> np.ndarray | None:
+    """The labels that are written beside features; those that a transform makes are not of the images."""
+    return None if dataset.views.label_names is not None else dataset.labels
 
 
 def calibrate_batchnorm(

@@ -87,7 +87,9 @@ def fit_pca(rows: Rows, dim: int, *, whiten: bool = False, key: str = "dim", thr
     whole = float(values.clamp_min(0).sum())
     explained = float(values_d.sum() / whole) if whole else 0.0
     lengths = np.sqrt(values_d * max(len(rows) - 1, 1))
-    scale = 1 / np.where(lengths > 0, lengths, np.inf) if whiten else np.ones(dim)
+    # Directions without variance are rounding noise; dividing it by its own length would make it as long as the others.
+    is_real = values_d > float(values[-1]) * max(rows.dim, len(rows)) * np.finfo(np.float64).eps
+    scale = 1 / np.where(is_real, lengths, np.inf) if whiten else np.ones(dim)
     return Pca(mean, components * signs[:, None], scale, values_d, explained)
 
 

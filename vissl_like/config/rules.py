@@ -98,6 +98,7 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     for split in SPLITS:
         yield from _parallel_lists(getattr(config.DATA, split), split)
     yield from _heads_and_pooling(config)
+    yield from _number_lists(config)
     yield from _engine_needs(job)
     if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":
         key = "config.DISTRIBUTED.BACKEND"
@@ -145,6 +146,28 @@ def _heads_and_pooling(config: Config) -> Iterator[Problem]:
                 f"{key}.{number}={item!r}: an entry is [layer, [pooling, arguments]], "
                 "for example [res5, [AdaptiveAvgPool2d, [[1, 1]]]] or [flatten, [Identity, []]].",
             )
+
+
+def _number_lists(config: Config) -> Iterator[Problem]:
+    """Lists of numbers (and of protocols) that must not be empty and have a least element."""
+    meters = config.METERS
+    whole = [
+        ("NEAREST_NEIGHBOR.TOPK", config.NEAREST_NEIGHBOR.TOPK),
+        ("LOW_SHOT.SAMPLES_PER_CLASS", config.LOW_SHOT.SAMPLES_PER_CLASS),
+        ("METERS.ACCURACY_LIST_METER.TOPK_VALUES", meters.ACCURACY_LIST_METER.TOPK_VALUES),
+        ("METERS.PRECISION_AT_K_LIST_METER.TOPK_VALUES", meters.PRECISION_AT_K_LIST_METER.TOPK_VALUES),
+        ("METERS.RECALL_AT_K_LIST_METER.TOPK_VALUES", meters.RECALL_AT_K_LIST_METER.TOPK_VALUES),
+    ]
+    for name, counts in whole:
+        if not counts or min(counts) < 1:
+            yield f"config.{name}", f"config.{name}={counts}: must be one or more whole numbers, each at least 1."
+    c_values = config.LINEAR_PROBE.C
+    if not c_values or min(c_values) <= 0:
+        key = "config.LINEAR_PROBE.C"
+        yield key, f"{key}={c_values}: must be one or more numbers, each more than 0."
+    if not config.EVALUATE.PROTOCOLS:
+        key = "config.EVALUATE.PROTOCOLS"
+        yield key, f"{key}=[]: nothing would be measured. Give one or more of knn, linear, low_shot."
 
 
 def _engine_needs(job: Job) -> Iterator[Problem]:
@@ -214,21 +237,29 @@ def _unreached(config: Config) -> Iterator[Problem]:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def check_files(job: Job) -> list[str]:
-    """Every file and folder that the job reads exists. Returns them; raises DataError or WeightsError naming the lost."""
-    found: list[str] = []
+def check_files(*jobs: Job, made_in: str = "") -> list[str]:
+    """Every file and folder that these jobs read exists. Returns them; raises DataError or WeightsError naming the lost.
+
+    What lies below the folder `made_in` need not be there yet: earlier stages of a pipeline make it.
+    """
+    wanted: list[tuple[str, str, str]] = []
     problems: list[UserError] = []
-    for key, path, kind in _wanted_files(job):
+    for job in jobs:
+        from_catalog, unknown = _from_catalog(job)
+        wanted += [*_wanted_files(job), *from_catalog]
+        problems += unknown
+    found: list[str] = []
+    for key, path, kind in dict.fromkeys(wanted):
         expanded = os.path.expanduser(path)
         if os.path.exists(expanded):
             found.append(path)
-            continue
-        text = f"{key}={path!r}: no such file or folder{_near_file(expanded)}"
-        problems.append(WeightsError(text) if kind == "weights" else DataError(text))
+        elif not made_in or not os.path.abspath(expanded).startswith(os.path.join(os.path.abspath(made_in), "")):
+            text = f"{key}={path!r}: no such file or folder{_near_file(expanded)}"
+            problems.append(WeightsError(text) if kind == "weights" else DataError(text))
     if problems:
         first = type(problems[0])
-        raise first("\n".join(map(str, problems)))
-    return found
+        raise first("\n".join(dict.fromkeys(map(str, problems))))
+    return list(dict.fromkeys(found))
 
 
 def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
@@ -249,6 +280,28 @@ def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
     if job.engine_name == "cluster_features" and not config.CLUSTERFIT.FEATURES.EXTRACT:
         path = config.CLUSTERFIT.FEATURES.PATH or os.path.join(config.RUN.DIR or ".", "features")
         yield "config.CLUSTERFIT.FEATURES.PATH", path, "data"
+
+
+def _from_catalog(job: Job) -> tuple[list[tuple[str, str, str]], list[UserError]]:
+    """(key, path, kind) of images that the catalog of data sets names, and what it does not know."""
+    from vissl_like.data import catalog
+
+    data = job.config.DATA
+    found: list[tuple[str, str, str]] = []
+    problems: list[UserError] = []
+    for split in used_splits(job):
+        options: Split = getattr(data, split)
+        for number, source in enumerate(options.DATA_SOURCES):
+            # Images may also be named beside a label file; then neither a path nor the catalog is needed.
+            if source not in _DISK or options.DATA_PATHS or number < len(options.LABEL_PATHS):
+                continue
+            name = options.DATASET_NAMES[number] if options.DATASET_NAMES else ""
+            try:
+                entry = catalog.look_up(name, split=split, catalog=data.CATALOG)
+                found.append((f"config.DATA.{split}.DATASET_NAMES.{number}", entry.images, "data"))
+            except UserError as error:
+                problems.append(error)
+    return found, problems
 
 
 def used_splits(job: Job) -> list[str]:

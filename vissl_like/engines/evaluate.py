@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vissl_like.analysis import extraction
 from vissl_like.analysis.evaluators import (
     QUERY_ROWS,
     Labelled,
@@ -26,6 +27,7 @@ from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.on_main import on_main
 from vissl_like.data.dataset import is_used
+from vissl_like.data.images import ImageDataset
 from vissl_like.engines.extract_features import extract_splits, loading_of
 from vissl_like.errors import ConfigError, DataError
 from vissl_like.registry import suggest
@@ -61,7 +63,14 @@ def _extract(config: Config, run_dir: Path, folder: Path) -> dict[str, Any]:
                 "Set it, or evaluate extracted features by config.EVALUATE.FEATURES_PATH."
             )
     splits = [split for split in ("TRAIN", "VAL", "TEST") if is_used(config.DATA, split)]
-    return extract_splits(config, run_dir, folder, splits=splits, calibrate=config.EVALUATE.CALIBRATE_BN_BATCHES)
+    calibrate = config.EVALUATE.CALIBRATE_BN_BATCHES
+    return extract_splits(config, run_dir, folder, splits=splits, calibrate=calibrate, check=_check_labels)
+
+
+def _check_labels(dataset: ImageDataset) -> None:
+    """One class per image, before hours of extraction."""
+    labels = extraction.stored_labels(dataset)
+    _labels_to_compare(labels, dataset.split, place=dataset.root or dataset.name)
 
 
 Stores = dict[str, dict[str, FeatureStore]]
@@ -82,18 +91,23 @@ def open_stores(folder: Path) -> Stores:
 
 def labelled(store: FeatureStore) -> Labelled:
     """Features with one class per image."""
-    labels, split = store.labels, store.manifest["split"]
+    labels = _labels_to_compare(store.labels, store.manifest["split"], place=str(store.folder))
+    return Labelled(store, labels)
+
+
+def _labels_to_compare(labels: np.ndarray | None, split: str, *, place: str) -> np.ndarray:
+    """The labels (n,) of a split; DataError if there are none, or several per image."""
     if labels is None or not (labels >= 0).any():
         raise DataError(
-            f"{store.folder}: the images of {split} have no labels, but evaluation compares with them. "
+            f"{place}: the images of {split} have no labels, but evaluation compares with them. "
             f"Give config.DATA.{split}.LABEL_SOURCES or LABEL_PATHS and extract again."
         )
     if labels.ndim != 1:
         raise DataError(
-            f"{store.folder}: {split} has several labels per image; kNN and probes here take one. "
+            f"{place}: {split} has several labels per image; kNN and probes here take one. "
             "Use the train engine with heads on a frozen trunk and METERS.NAMES=[mean_ap_list_meter]."
         )
-    return Labelled(store, labels)
+    return labels
 
 
 def chosen_layers(stores: Stores, layers: list[str], *, key: str) -> list[str]:

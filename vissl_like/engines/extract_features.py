@@ -77,16 +77,25 @@ def wanted_splits(config: Config) -> list[str]:
 
 
 def extract_splits(
-    config: Config, run_dir: Path, folder: Path, *, splits: Sequence[str], calibrate: int = 0
+    config: Config,
+    run_dir: Path,
+    folder: Path,
+    *,
+    splits: Sequence[str],
+    calibrate: int = 0,
+    check: Callable[[ImageDataset], None] = lambda dataset: None,
 ) -> dict[str, Any]:
     """Build the model, extract these splits into `folder`, write further formats. Returns flat results.
 
-    calibrate: number of training batches from which BatchNorm statistics are set first (0: none).
+    calibrate: number of training batches from which BatchNorm statistics are set first (0: none). check: raises for a
+    data set that the caller cannot use, before anything is extracted.
     """
     options = config.EXTRACT_FEATURES
     check_formats(list(options.FORMATS))
     loading = loading_of(config)
     datasets = {split: open_split(config, split, run_dir) for split in splits}
+    for dataset in datasets.values():
+        check(dataset)
     try:
         loaded = load_model(config, datasets[splits[0]], run_dir)
         if calibrate:

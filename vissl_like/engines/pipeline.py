@@ -14,6 +14,7 @@ from typing import Any
 from vissl_like.config.check import compose_stage
 from vissl_like.config.schema import Job, Table
 from vissl_like.config.stages import StageJob, stage_jobs
+from vissl_like.launch import folder
 from vissl_like.launch.local import LaunchInfo, launch
 
 logger = logging.getLogger(__name__)
@@ -39,21 +40,22 @@ def _run_stage(stage: StageJob, run_dir: Path) -> dict[str, Any]:
     """Launch one stage. It starts anew if a stage it reads from was made anew since."""
     inputs = {name: _identity(run_dir / name) for name in stage.needs}
     record = stage.run_dir / "inputs.json"
-    known = json.loads(record.read_text()) if record.exists() else inputs
+    known = folder.read_json(record) if record.exists() else inputs
     job = stage.job
     if known != inputs:
         logger.info("stage %s: its inputs were made anew; it starts again", stage.name)
+        folder.remove_outputs(stage.run_dir)
         fresh = job.config.RUN.model_copy(update={"OVERWRITE": True})
         job = job.model_copy(update={"config": job.config.model_copy(update={"RUN": fresh})})
-    info = LaunchInfo(recipe=stage.recipe)
-    results = launch(job, stage.run_dir, info)
-    record.write_text(json.dumps(inputs, indent=1))
-    return results
+    # Written before the start, and after former outputs are gone: a killed stage must not go on with other inputs.
+    folder.make(stage.run_dir)
+    folder.write_json(record, inputs)
+    return launch(job, stage.run_dir, LaunchInfo(recipe=stage.recipe))
 
 
-def _identity(folder: Path) -> str:
+def _identity(run_dir: Path) -> str:
     """What a finished stage is known by: its manifest says which configuration and when."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = folder.read_json(run_dir / folder.MANIFEST_FILE)
     return f"{manifest['config_hash']}@{manifest['finished']}"
 
 

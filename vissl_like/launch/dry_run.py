@@ -10,12 +10,13 @@ import yaml
 
 from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, table
-from vissl_like.config.rules import check_files, used_splits
+from vissl_like.config.rules import used_splits
 from vissl_like.config.saved import plain
 from vissl_like.config.schema import Config, Job, defaults
 from vissl_like.config.stages import changed, stage_jobs
 from vissl_like.errors import ConfigError
 from vissl_like.launch import folder
+from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.local import plan_for
 from vissl_like.launch.machine import processes_for
 
@@ -33,7 +34,7 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     """The report of a dry run. Raises the same errors as a start would."""
     load_plugins(job.config.PLUGINS)
     job = folder.with_run_dir(job, run_dir)
-    files = check_files(job)
+    files = check_inputs(job)
     processes = processes_for(job.config)
     sets = {split: _open(job, split) for split in _splits_to_open(job)}
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -16,13 +15,12 @@ from typing import Any
 
 from vissl_like import __version__
 from vissl_like.config.plan import Plan, write_plan
-from vissl_like.config.rules import check_files
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.launch.inputs import MANIFEST_FILE, input_fingerprints
 
 LAUNCH_FILE = "launch.json"
-MANIFEST_FILE = "manifest.json"
 RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
 OCCUPIED_FILE = ".running"
@@ -114,7 +112,7 @@ def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
     """Empty the folder of former outputs if RUN.OVERWRITE, and write what ranks and the report read."""
     try:
         if job.config.RUN.OVERWRITE and is_run(run_dir):
-            _remove_outputs(run_dir)
+            remove_outputs(run_dir)
         (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(run_dir / ".errors", ignore_errors=True)
         write_job(job, run_dir)
@@ -125,7 +123,8 @@ def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
         raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot write there ({error}).") from error
 
 
-def _remove_outputs(run_dir: Path) -> None:
+def remove_outputs(run_dir: Path) -> None:
+    """Take away what runs write into their folder, and nothing else."""
     for name in OUTPUTS:
         path = run_dir / name
         if path.is_dir() and not path.is_symlink():
@@ -182,52 +181,6 @@ def _identity(pid: int) -> dict[str, Any]:
     except OSError:  # another user's process, or a system without /proc
         return identity
     return {} if state[0] == "Z" else {**identity, "born": state[19]}
-
-
-# -------------------------------------------------------------------------------------------------------------- inputs
-#: Files up to this size are hashed whole, larger ones by size and both ends.
-_WHOLE_BYTES = 64 * 2**20
-_END_BYTES = 2**20
-
-
-def input_fingerprints(job: Job) -> dict[str, str]:
-    """Path -> fingerprint of everything the job reads. A file's changes with its bytes, a folder's with its entries."""
-    own = str(Path(job.config.RUN.DIR or ".").absolute())
-    return {
-        path: fingerprint(Path(path).expanduser())
-        for path in check_files(job)
-        if not str(Path(path).expanduser().absolute()).startswith(own + os.sep)
-    }
-
-
-def fingerprint(path: Path) -> str:
-    """16 hex digits. A run or feature folder counts as its manifest, another folder as the names in and below it."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        manifest = path / MANIFEST_FILE
-        for piece in [manifest.read_bytes()] if manifest.is_file() else _entries(path):
-            digest.update(piece)
-        return digest.hexdigest()[:16]
-    size = path.stat().st_size
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= _WHOLE_BYTES:
-            while block := file.read(_END_BYTES):
-                digest.update(block)
-        else:
-            digest.update(file.read(_END_BYTES))
-            file.seek(-_END_BYTES, os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
-def _entries(folder: Path) -> Iterator[bytes]:
-    """Names at the top, and how many entries each sub-folder has: quick for a million images."""
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        count = len(os.listdir(entry.path)) if entry.is_dir() else 0
-        yield f"{entry.name}\0{count}\n".encode("utf-8", "surrogateescape")
 
 
 def read_json(file: Path) -> dict[str, Any]:

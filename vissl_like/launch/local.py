@@ -25,12 +25,12 @@ from typing import Any
 
 from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, make_plan, table
-from vissl_like.config.rules import check_files
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
 from vissl_like.launch.folder import LaunchInfo
+from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import Processes, processes_for, started_by_torchrun, write_environment
 from vissl_like.launch.rank import (
     ERRORS_DIR,
@@ -68,7 +68,7 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
     run_dir = Path(run_dir)
     job = folder.with_run_dir(job, run_dir)
     load_plugins(job.config.PLUGINS)
-    check_files(job)
+    check_inputs(job)
     processes = processes_for(job.config)
     job, plan = plan_for(job, processes)
     folder.check_reuse(job, plan, run_dir)

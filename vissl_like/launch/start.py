@@ -10,13 +10,13 @@ from vissl_like.errors import EXIT_DONE
 
 def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
     """Start a checked job, or make its dry run; returns 0. Everything else is raised."""
-    from vissl_like.config.rules import check_files
     from vissl_like.launch import folder, logs
+    from vissl_like.launch.inputs import check_inputs
 
     job = loaded.job
     info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
     where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
-    check_files(job)  # lost files are reported before torch is imported
+    check_inputs(folder.with_run_dir(job, where))  # lost files are reported before torch is imported
     logs.to_console(verbose=job.config.VERBOSE)
     if job.config.RUN.DRY_RUN:
         from vissl_like.launch.dry_run import dry_run

@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Any
 
 from vissl_like.config.check import Loaded, load_sweep
-from vissl_like.config.rules import check_files
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -33,6 +32,7 @@ from vissl_like.errors import (
     show_error,
 )
 from vissl_like.launch import folder
+from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
 from vissl_like.launch.start import start
 
@@ -61,7 +61,7 @@ def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     for note in dict.fromkeys(note for point in points for note in point.loaded.notes):
         print(f"warning: {note}", file=sys.stderr)
     for point in points:
-        check_files(point.loaded.job)
+        check_inputs(folder.with_run_dir(point.loaded.job, point.run_dir))
     if points[0].loaded.job.config.RUN.DRY_RUN:
         for point in points:
             print(f"{' '.join(point.varied)} -> {point.run_dir}")
