@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -260,6 +261,8 @@ def _new_pool(dataset: ImageDataset, *, workers: int, method: str, pin_memory: b
     if method == "forkserver":
         context.set_forkserver_preload(_PRELOAD)
     sampler = _Requests()
+    # How many loaders there are is the recipe's word; a recipe for servers also runs on a laptop.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader = torch.utils.data.DataLoader(
         _Reader(copy.copy(dataset)),  # without its loaders: no circle, so that processes end with the dataset
         batch_size=None,  # a request is already a batch

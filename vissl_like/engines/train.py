@@ -17,7 +17,7 @@ import torch
 
 from vissl_like.analysis.meters import MeterGroup, build_meters
 from vissl_like.analysis.rows import num_cores
-from vissl_like.config.plan import Plan, make_plan
+from vissl_like.config.plan import Plan, make_plan, write_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_model import Meters
 from vissl_like.core import checkpoint, distributed, parallel, rng
@@ -91,6 +91,9 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         num_train=None if splits.train is None else len(splits.train),
         cores=num_cores(),
     )
+    if distributed.is_main():
+        write_plan(plan, run_dir)  # again, now that the number of images is known
+        log.info("%d steps per epoch, %d in all", plan.steps_per_epoch or 0, plan.total_steps or 0)
     check_labels(config, splits)
     warn_of_other_classes(splits)
     model = make_model(config, splits)
