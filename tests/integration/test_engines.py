@@ -180,12 +180,13 @@ def test_ranks_change_no_bit(images: Path, alone: Path, tmp_path: Path, ranks: i
 def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     changes = {
         "CLUSTERFIT__FEATURES__EXTRACT": True,
-        "CLUSTERFIT__NUM_CLUSTERS": 99,
+        "CLUSTERFIT__NUM_CLUSTERS": 5,
+        "CLUSTERFIT__FEATURES__DIMENSIONALITY_REDUCTION": 99,
         "CLUSTERFIT__CLUSTER_BACKEND": "faiss",
     }
     assert run_ranks([(job("cluster_features", images, **changes), tmp_path / "run")], tmp_path, ranks=2) == [1, 1]
     assert (
-        capfd.readouterr().err.count("DataError: config.CLUSTERFIT.NUM_CLUSTERS=99: features of TRAIN have only 45")
+        capfd.readouterr().err.count("ConfigError: config.CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION=99: 45 rows")
         == 2
     )
 
@@ -420,6 +421,23 @@ def test_evaluation_needs_labels_and_both_splits(images: Path, tmp_path: Path) -
         (flat / file.name).write_bytes(file.read_bytes())
     with pytest.raises(DataError, match="images of TEST have no labels"):
         run(job("evaluate", images, DATA__TEST__DATA_PATHS=[str(flat)]), tmp_path / "run")
+    assert not (tmp_path / "run" / "features").exists()  # said before anything is extracted
+    with pytest.raises(
+        DataError, match=f"config.EVALUATE.FEATURES_PATH='{flat}': no extracted features of split TRAIN"
+    ):
+        run(job("evaluate", images, EVALUATE__FEATURES_PATH=str(flat)), tmp_path / "run")
+
+
+def test_clustering_refuses_before_it_extracts(images: Path, tmp_path: Path) -> None:
+    extract = {"CLUSTERFIT__FEATURES__EXTRACT": True}
+    with pytest.raises(DataError, match="NUM_CLUSTERS=99: TRAIN has only 45 images. Use at most 45"):
+        run(job("cluster_features", images, **extract, CLUSTERFIT__NUM_CLUSTERS=99), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="CLUSTERFIT.OUTPUT_DIR=.*cannot be made"):
+        run(job("cluster_features", images, **extract, CLUSTERFIT__OUTPUT_DIR=str(tmp_path / "file" / "x")), tmp_path)
+    assert not (tmp_path / "features").exists()
+    with pytest.raises(DataError, match="file/TRAIN: cannot be written"):
+        run(job("extract_features", images, EXTRACT_FEATURES__OUTPUT_DIR=str(tmp_path / "file")), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- label predictions

@@ -75,7 +75,10 @@ class FeatureWriter:
         Finished blocks of an interrupted one are kept, except where a shard is missing or damaged. What belongs to another
         extraction is an error unless `overwrite`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _disk_error(folder, error) from error
         wanted = _plan(subject, layers=layers, dtype=dtype, shard_rows=shard_rows, block_rows=block_rows)
         found = _read_json(folder / MANIFEST) or _read_json(folder / _PARTIAL)
         if found is not None and (different := _differences(found, wanted)):
@@ -354,16 +357,16 @@ class FeatureStore:
         self._shards = [self._map(file, number) for number, file in enumerate(described["shards"])]
 
     @classmethod
-    def open(cls, folder: Path, split: str, layer: str = "", *, key: str = "CLUSTERFIT.FEATURES") -> FeatureStore:
+    def open(cls, folder: Path, split: str, layer: str = "") -> FeatureStore:
         """The features below `folder`. Raises DataError for missing, unfinished or damaged ones. "" is the only layer."""
-        manifest = read_manifest(folder, split, key=key)
+        manifest = read_manifest(folder, split)
         layers = list(manifest["layers"])
         if not layer and len(layers) == 1:
             layer = layers[0]
         if layer not in layers:
             hint = suggest(layer, layers) if layer else ""
             raise DataError(
-                f"config.{key}.LAYER_NAME={layer!r}: {folder / split} has no such layer{hint or '.'} "
+                f"config.CLUSTERFIT.FEATURES.LAYER_NAME={layer!r}: {folder / split} has no such layer{hint or '.'} "
                 f"Extracted: {', '.join(layers)}."
             )
         return cls(folder / split, manifest, layer)
@@ -426,7 +429,7 @@ class FeatureStore:
         return str(self.manifest["dataset"]["fingerprint"])
 
 
-def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES") -> dict[str, Any]:
+def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES.PATH") -> dict[str, Any]:
     """The manifest of a split's finished features. Raises DataError with the cure."""
     manifest = _read_json(folder / split / MANIFEST)
     if manifest is None or manifest.get("kind") != "features":
@@ -436,7 +439,7 @@ def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES")
             )
         there = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}"))) or "none"
         raise DataError(
-            f"config.{key}.PATH={str(folder)!r}: no extracted features of split {split} there (found: {there}). "
+            f"config.{key}={str(folder)!r}: no extracted features of split {split} there (found: {there}). "
             "Extract them first (engine extract_features), or correct the path."
         )
     return manifest

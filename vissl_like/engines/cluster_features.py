@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     pick_backend(options.CLUSTER_BACKEND, device=distributed.current().device)  # before hours of extraction
     results, folder = {}, _read_from(config, run_dir)
     if options.FEATURES.EXTRACT:
-        results = extract_splits(config, run_dir, folder, splits=_splits_to_extract(config))
+        results = extract_splits(
+            config, run_dir, folder, splits=_splits_to_extract(config), check=partial(_check_rows, config)
+        )
     stores = open_stores(config, folder)
     images = _images_of(config, stores, run_dir)
     main_split = options.FEATURES.DATA_PARTITION
@@ -87,6 +90,10 @@ def output_folder(config: Config, run_dir: Path) -> Path:
         raise ConfigError(
             f"config.CLUSTERFIT.OUTPUT_DIR={given!r}: is the run folder itself. Use a folder below it, or leave it empty."
         )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"config.CLUSTERFIT.OUTPUT_DIR={str(output)!r}: cannot be made ({error}).") from error
     return output
 
 
@@ -114,6 +121,16 @@ def _splits_to_extract(config: Config) -> list[str]:
     test = options.TEST_PARTITION
     with_test = test and test != options.DATA_PARTITION and is_used(config.DATA, test)
     return [options.DATA_PARTITION, test] if with_test else [options.DATA_PARTITION]
+
+
+def _check_rows(config: Config, dataset: ImageDataset) -> None:
+    """As many images as clusters, before hours of extraction."""
+    options = config.CLUSTERFIT
+    if dataset.split == options.FEATURES.DATA_PARTITION and options.NUM_CLUSTERS > len(dataset):
+        raise DataError(
+            f"config.CLUSTERFIT.NUM_CLUSTERS={options.NUM_CLUSTERS}: {dataset.split} has only {len(dataset)} images. "
+            f"Use at most {len(dataset)} clusters, or more images."
+        )
 
 
 def open_stores(config: Config, folder: Path) -> dict[str, FeatureStore]:

@@ -78,7 +78,7 @@ Stores = dict[str, dict[str, FeatureStore]]
 
 def open_stores(folder: Path) -> Stores:
     """{layer: {split: features}} of TRAIN, TEST and, where it is there, VAL; all of one model, all with labels."""
-    key = "EVALUATE.FEATURES"
+    key = "EVALUATE.FEATURES_PATH"
     manifests = {split: read_manifest(folder, split, key=key) for split in ("TRAIN", "TEST")}
     if (folder / "VAL" / "manifest.json").is_file():
         manifests["VAL"] = read_manifest(folder, "VAL", key=key)
@@ -86,7 +86,7 @@ def open_stores(folder: Path) -> Stores:
     if len(set(weights.values())) > 1:
         raise DataError(f"{folder}: the splits were extracted with different weights ({weights}). Extract them again.")
     layers = list(manifests["TRAIN"]["layers"])
-    return {layer: {split: FeatureStore.open(folder, split, layer, key=key) for split in manifests} for layer in layers}
+    return {layer: {split: FeatureStore.open(folder, split, layer) for split in manifests} for layer in layers}
 
 
 def labelled(store: FeatureStore) -> Labelled:

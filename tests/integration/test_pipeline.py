@@ -1,0 +1,70 @@
+"""A chain of stages that is killed or changed in the middle never mixes old and new."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vissl_like.config.schema import Job
+from vissl_like.engines import pipeline
+from vissl_like.errors import DataError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine `endings` can be imported."""
+    monkeypatch.syspath_prepend(HERE)
+
+
+def chain(ending: str = "") -> Job:
+    """`second` reads the folder of `first`; RUN.NAME says how it ends."""
+    reads = {"RUN": {"NAME": ending}, "MODEL": {"WEIGHTS_INIT": {"PARAMS_FILE": "{first}"}}}
+    stages: list[dict[str, Any]] = [
+        {"NAME": "first", "ENGINE": "endings"},
+        {"NAME": "second", "ENGINE": "endings", "CONFIG": reads},
+    ]
+    run = {"REPORT": False}
+    return Job.model_validate(
+        {
+            "engine_name": "pipeline",
+            "config": {"PLUGINS": ["launch_plugin"], "RUN": run, "PIPELINE": {"STAGES": stages}},
+        }
+    )
+
+
+def starts(run_dir: Path) -> list[int]:
+    """How often each stage ran."""
+    files = [run_dir / stage / "started.txt" for stage in ("first", "second")]
+    return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
+
+
+def test_finished_stages_are_skipped_and_stages_after_a_new_one_are_not(tmp_path: Path) -> None:
+    pipeline.run(chain(), tmp_path)
+    assert starts(tmp_path) == [1, 1]
+    pipeline.run(chain(), tmp_path)
+    assert starts(tmp_path) == [1, 1]
+    shutil.rmtree(tmp_path / "first")
+    pipeline.run(chain(), tmp_path)
+    assert starts(tmp_path) == [1, 2]
+
+
+def test_an_unfinished_stage_does_not_go_on_with_other_inputs(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        pipeline.run(chain("mistake"), tmp_path)
+    saved = tmp_path / "second" / "checkpoints"
+    saved.mkdir()
+    known = json.loads((tmp_path / "second" / "inputs.json").read_text())
+    with pytest.raises(DataError):
+        pipeline.run(chain("mistake"), tmp_path)
+    assert saved.is_dir()  # the same inputs: it goes on
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(DataError):
+        pipeline.run(chain("mistake"), tmp_path)
+    assert not saved.exists()
+    assert json.loads((tmp_path / "second" / "inputs.json").read_text()) != known
