@@ -11,7 +11,7 @@ import pytest
 
 from vissl_like.config.schema import Job
 from vissl_like.engines import pipeline
-from vissl_like.errors import DataError
+from vissl_like.errors import ConfigError, DataError
 
 HERE = Path(__file__).parent
 
@@ -22,14 +22,14 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
 
 
-def chain(ending: str = "") -> Job:
-    """`second` reads the folder of `first`; RUN.NAME says how it ends."""
-    reads = {"RUN": {"NAME": ending}, "MODEL": {"WEIGHTS_INIT": {"PARAMS_FILE": "{first}"}}}
+def chain(ending: str = "", *, seed: int = 0, overwrite: bool = False) -> Job:
+    """`second` reads the folder of `first` and has its own seed; RUN.NAME says how it ends."""
+    reads = {"SEED_VALUE": seed, "RUN": {"NAME": ending}, "MODEL": {"WEIGHTS_INIT": {"PARAMS_FILE": "{first}"}}}
     stages: list[dict[str, Any]] = [
         {"NAME": "first", "ENGINE": "endings"},
         {"NAME": "second", "ENGINE": "endings", "CONFIG": reads},
     ]
-    run = {"REPORT": False}
+    run = {"REPORT": False, "OVERWRITE": overwrite}
     return Job.model_validate(
         {
             "engine_name": "pipeline",
@@ -51,6 +51,14 @@ def test_finished_stages_are_skipped_and_stages_after_a_new_one_are_not(tmp_path
     assert starts(tmp_path) == [1, 1]
     shutil.rmtree(tmp_path / "first")
     pipeline.run(chain(), tmp_path)
+    assert starts(tmp_path) == [1, 2]
+
+
+def test_a_changed_stage_is_redone_alone_and_only_when_asked_for(tmp_path: Path) -> None:
+    pipeline.run(chain(), tmp_path)
+    with pytest.raises(ConfigError, match="SEED_VALUE: there 0, now 1"):
+        pipeline.run(chain(seed=1), tmp_path)
+    pipeline.run(chain(seed=1, overwrite=True), tmp_path)
     assert starts(tmp_path) == [1, 2]
 
 

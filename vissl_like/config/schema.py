@@ -15,7 +15,10 @@ from vissl_like.config.section import Section, group, option
 class Run(Section):
     DIR: str = option("", "Run folder. Empty: runs/<recipe>.")
     DRY_RUN: bool = option(False, "Check everything, print the plan, start nothing.")
-    OVERWRITE: bool = option(False, "Start anew in a folder that holds another or a finished run.")
+    OVERWRITE: bool = option(
+        False,
+        "Start anew in a folder that holds another or a finished run; in a pipeline, only the stages that differ.",
+    )
     NAME: str = option("", "Name for loggers. Empty: the run folder's name.")
     PROGRESS: Literal["auto", "bar", "lines", "none"] = option(
         "auto", "Progress on the terminal; auto: bar on a tty, else lines."

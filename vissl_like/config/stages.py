@@ -110,8 +110,8 @@ def _inherited(job: Job) -> dict[str, Any]:
     """What the pipeline's page and command line set, without what belongs to the pipeline alone."""
     given = changed(job.config.model_dump(mode="json"), defaults()["config"])
     given.pop("PIPELINE", None)
-    given.get("RUN", {}).pop("DIR", None)
-    given.get("RUN", {}).pop("NAME", None)
+    for key in ("DIR", "NAME", "OVERWRITE"):
+        given.get("RUN", {}).pop(key, None)
     return {"config": given}
 
 

@@ -28,7 +28,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     for number, stage in enumerate(stages, 1):
         logger.info("stage %d of %d: %s", number, len(stages), stage.name)
-        results[stage.name] = _run_stage(stage, run_dir)
+        results[stage.name] = _run_stage(stage, run_dir, overwrite=job.config.RUN.OVERWRITE)
     table = summary(job.config.PIPELINE.TABLE, results)
     if table["rows"]:
         (run_dir / "table.json").write_text(json.dumps(table, indent=1))
@@ -36,14 +36,16 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
 
 
-def _run_stage(stage: StageJob, run_dir: Path) -> dict[str, Any]:
-    """Launch one stage. It starts anew if a stage it reads from was made anew since."""
+def _run_stage(stage: StageJob, run_dir: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Launch one stage. It starts anew if a stage it reads from was made anew since, or if it differs and may be redone."""
     inputs = {name: _identity(run_dir / name) for name in stage.needs}
     record = stage.run_dir / "inputs.json"
     known = folder.read_json(record) if record.exists() else inputs
+    differs = overwrite and folder.holds_other(stage.job, stage.run_dir)
     job = stage.job
-    if known != inputs:
-        logger.info("stage %s: its inputs were made anew; it starts again", stage.name)
+    if known != inputs or differs:
+        why = "it differs from the one in its folder" if differs else "its inputs were made anew"
+        logger.info("stage %s: %s; it starts again", stage.name, why)
         folder.remove_outputs(stage.run_dir)
         fresh = job.config.RUN.model_copy(update={"OVERWRITE": True})
         job = job.model_copy(update={"config": job.config.model_copy(update={"RUN": fresh})})

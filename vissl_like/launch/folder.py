@@ -77,6 +77,16 @@ def check_reuse(job: Job, plan: Plan, run_dir: Path) -> None:
         raise ConfigError(f"config.RUN.DIR={str(run_dir)!r} holds a run with another configuration:\n{lines}\n{cure}")
 
 
+def holds_other(job: Job, run_dir: Path) -> bool:
+    """Whether the folder holds a run of another configuration than `job`."""
+    if not is_run(run_dir):
+        return False
+    try:
+        return bool(differences(relevant(read_job(run_dir)), relevant(job)))
+    except ConfigError:
+        return True
+
+
 def _global_batch(job: Job, images: int | None) -> int | None:
     return images if job.engine_name == "train" else None
 
