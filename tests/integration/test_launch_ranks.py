@@ -117,7 +117,29 @@ def test_a_signal_before_anything_can_be_saved(started: list[subprocess.Popen[st
     command.send_signal(signal.SIGTERM)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 128 + signal.SIGTERM
-    assert "ended by SIGTERM before anything was saved" in error and "Traceback" not in error
+    assert "ended by SIGTERM while starting" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("processes", [TWO, "config.DISTRIBUTED.NUM_PROC_PER_NODE=1"])
+def test_a_signal_while_the_run_starts_is_not_lost(
+    started: list[subprocess.Popen[str]], tmp_path: Path, processes: str
+) -> None:
+    command = subprocess.Popen(
+        [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", "config.RUN.NAME=deaf", processes],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.append(command)
+    assert command.stderr is not None
+    for line in command.stderr:
+        if line.startswith("starting endings"):
+            break
+    command.send_signal(signal.SIGTERM)
+    _, error = command.communicate(timeout=100)
+    assert command.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM while starting: nothing new was saved" in error and "Traceback" not in error
 
 
 def test_ctrl_c_saves_where_the_loop_listens(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:

@@ -65,7 +65,10 @@ def check_reuse(job: Job, plan: Plan, run_dir: Path) -> None:
         raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: this is a file. Choose a folder.")
     if not is_run(run_dir) or job.config.RUN.OVERWRITE:
         return
-    cure = "Choose another config.RUN.DIR, or start anew there with config.RUN.OVERWRITE=true."
+    cure = (
+        "Choose another config.RUN.DIR (to go on from these weights there: "
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={run_dir}), or start anew here with config.RUN.OVERWRITE=true."
+    )
     try:
         before = read_job(run_dir)
     except ConfigError as error:

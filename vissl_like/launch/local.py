@@ -53,10 +53,11 @@ _GRACE_S = 10
 
 
 class Interrupted(Exception):
-    """A signal ended the run before anything was saved. The exit code is the shell's: 128 + number of the signal."""
+    """A signal ended the run while it started. The exit code is the shell's: 128 + number of the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name} before anything was saved.")
+        name = signal.Signals(number).name
+        super().__init__(f"ended by {name} while starting: nothing new was saved; what was saved before is kept.")
         self.exit_code = 128 + number
 
 
@@ -81,7 +82,7 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
     folder.make(run_dir)
     with folder.occupied(run_dir):
         folder.prepare(job, plan, run_dir, info)
-        with logs.to_file(run_dir):
+        with logs.to_file(run_dir), _ended_by_signals():
             _announce(job, plan, run_dir, is_continued=is_continued)
             return _run_to_the_end(job, plan, run_dir)
 
@@ -292,6 +293,24 @@ def _environment_of_ranks(plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end what has not begun to listen to them (a loop that can save) with a message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _forwarded_signals() -> Iterator[list[int]]:
     """Hand SIGTERM and SIGUSR1 on to the ranks, and Ctrl-C as SIGTERM; the numbers received are in the list."""
     received: list[int] = []
@@ -303,7 +322,10 @@ def _forwarded_signals() -> Iterator[list[int]]:
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if not children:  # too early to hand it on, and nobody would ask again
+            raise Interrupted(number)
+        for child in children:
             if child.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)

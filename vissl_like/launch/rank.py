@@ -99,12 +99,12 @@ def _interrupt_is_a_request() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before, before_listening = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     asked = False
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        is_listening = callable(signal.getsignal(signal.SIGTERM))
+        is_listening = signal.getsignal(signal.SIGTERM) is not before_listening
         if asked or not is_listening:
             raise KeyboardInterrupt
         asked = True

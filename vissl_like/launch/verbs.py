@@ -48,7 +48,8 @@ Flags:
   --shell-completion SHELL       print the completion script for bash, zsh or fish
   --version, --help
 
-Exit codes: 0 done, 2 configuration, 3 data or weights, 75 stopped by a signal after saving, 1 defect or killed process.
+Exit codes: 0 done, 2 configuration, 3 data or weights, 75 stopped by a signal after saving, 1 defect or killed process,
+128+n ended by signal n while starting (143 SIGTERM, 130 Ctrl-C).
 A run that was interrupted goes on when the same command is started again."""
 
 
@@ -170,7 +171,7 @@ def listing(word: str, *, config_dirs: list[str]) -> str:
         found = {name: library.description(name) for name in library.files}
     else:
         found = components.listing(word)
-    width = min(60, max((len(name) for name in found), default=0)) + 2
+    width = max((len(name) for name in found), default=0) + 2
     return "\n".join(f"{name:<{width}}{text}".rstrip() for name, text in found.items())
 
 
