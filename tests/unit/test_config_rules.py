@@ -174,3 +174,17 @@ def test_lists_describe_our_own_components() -> None:
         assert found, word
         if word not in ("transforms",):
             assert all(found.values()), [name for name, text in found.items() if not text]
+
+
+def test_a_layer_that_is_not_extracted_is_noticed_before_anything_is() -> None:
+    with pytest.raises(ConfigError, match="LAYERS='flaten': this run does not extract it; did you mean 'flatten'?"):
+        load_job(["config=debug/evaluate_digits", "config.LINEAR_PROBE.LAYERS=[flaten]"])
+    with pytest.raises(ConfigError, match="LAYER_NAME='res4'.* It extracts: res5."):
+        load_job(
+            [
+                "config=pretrain/clusterfit/cluster_features_resnet_8gpu_rotation_in1k",
+                "config.CLUSTERFIT.FEATURES.LAYER_NAME=res4",
+                "config.DATA.TRAIN.DATA_PATHS=[images]",
+            ]
+        )
+    load_job(["config=debug/evaluate_digits", "config.LINEAR_PROBE.LAYERS=[res3]"])

@@ -100,6 +100,8 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     yield from _heads_and_pooling(config)
     yield from _number_lists(config)
     yield from _engine_needs(job)
+    if not list(_heads_and_pooling(config)):
+        yield from _wanted_layers(job)
     if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":
         key = "config.DISTRIBUTED.BACKEND"
         yield key, f"{key}='nccl': it works between GPUs only, but config.MACHINE.DEVICE='cpu'. Use auto or gloo."
@@ -146,6 +148,33 @@ def _heads_and_pooling(config: Config) -> Iterator[Problem]:
                 f"{key}.{number}={item!r}: an entry is [layer, [pooling, arguments]], "
                 "for example [res5, [AdaptiveAvgPool2d, [[1, 1]]]] or [flatten, [Identity, []]].",
             )
+
+
+def _wanted_layers(job: Job) -> Iterator[Problem]:
+    """Layers that are named for clustering or evaluation are among those that the same run extracts."""
+    config = job.config
+    wanted: list[tuple[str, list[str]]] = []
+    if job.engine_name == "cluster_features" and config.CLUSTERFIT.FEATURES.EXTRACT:
+        name = config.CLUSTERFIT.FEATURES.LAYER_NAME
+        wanted = [("config.CLUSTERFIT.FEATURES.LAYER_NAME", [name] if name else [])]
+    if job.engine_name == "evaluate" and not config.EVALUATE.FEATURES_PATH:
+        sections = ("NEAREST_NEIGHBOR", "LINEAR_PROBE", "LOW_SHOT")
+        wanted = [(f"config.{section}.LAYERS", getattr(config, section).LAYERS) for section in sections]
+    extracted = _extracted_layers(config)
+    for key, layers in wanted:
+        for layer in layers:
+            if layer not in extracted and not layer.startswith("heads"):
+                near = nearest(layer, extracted)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                yield key, f"{key}={layer!r}: this run does not extract it{hint} It extracts: {', '.join(extracted)}."
+
+
+def _extracted_layers(config: Config) -> list[str]:
+    """Names of the features: a layer's, with _1, _2, ... where it is listed again."""
+    listed = [item[0] for item in config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP] or ["flatten"]
+    return [
+        name if listed[:i].count(name) == 0 else f"{name}_{listed[:i].count(name)}" for i, name in enumerate(listed)
+    ]
 
 
 def _number_lists(config: Config) -> Iterator[Problem]:
