@@ -1,17 +1,21 @@
 """From a file to an RGB image: the one place where image files are opened.
 
-This is also the seam of the fast path: a fused decode, crop, resize and flip on uint8 replaces `read_image` and the
-first transforms of a list, and must give the same pixels.
+Two ways lead to the same pixels: `read_image` is Pillow alone, `Encoded` leaves JPEG to simplejpeg, which takes two
+thirds of the time. What is an image and what is damaged is Pillow's decision in both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import warnings
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from vissl_like.errors import DataError
@@ -54,13 +58,66 @@ def read_image(file: str | IO[bytes]) -> Image.Image:
     The orientation tag of cameras (EXIF) is not applied: pixels are taken as stored, as Pillow and VISSL do, so that
     features and labels made elsewhere stay comparable.
     """
+    with _reasons(file), Image.open(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def read_bytes(file: str) -> bytes:
+    """The content of an image file. Raises Unreadable with the reason."""
+    with _reasons(file), open(file, "rb") as stream:
+        return stream.read()
+
+
+class Encoded:
+    """An image file in memory with its header read: the size is known, pixels are decoded when they are asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises Unreadable with the reason, here and when pixels are asked for."""
+        self._data = data
+        with _reasons(data):
+            self._opened = Image.open(io.BytesIO(data))
+        # Grey files are decoded to RGB. CMYK is left to Pillow, and so are pictures of several (MPO): same pixels, but
+        # there they are rare and Pillow's idea of the first one counts.
+        self._is_jpeg = self._opened.format == "JPEG" and self._opened.mode in ("RGB", "L")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as Pillow has it."""
+        return self._opened.size
+
+    def image(self) -> Image.Image:
+        """RGB, first frame: what read_image() gives."""
+        with _reasons(self._data):
+            self._opened.load()
+            return to_rgb(self._opened)
+
+    def pixels(self, *, reduce: int = 1) -> np.ndarray:
+        """uint8 (H, W, 3), equal to image(). `reduce` 2, 4, 8: a JPEG at this part of its size, rounded up; others whole.
+
+        A reduced JPEG is the mean of blocks of pixels, nearly: fewer coefficients are transformed.
+        """
+        if self._is_jpeg:
+            width, height = (-(-side // reduce) for side in self.size)
+            wanted = {"min_height": height, "min_width": width, "min_factor": float(reduce)} if reduce > 1 else {}
+            try:
+                found = simplejpeg.decode_jpeg(self._data, "RGB", **wanted)
+            except ValueError:
+                pass  # damaged, or of a rare kind: Pillow knows what can be saved of it
+            else:
+                if found.shape[:2] == (height, width):
+                    return found
+        return np.array(self.image(), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _reasons(file: str | bytes | IO[bytes]) -> Iterator[None]:
+    """Whatever Pillow raises within becomes Unreadable, or a DataError where the machine is at fault."""
     try:
         with warnings.catch_warnings():
             # Damaged metadata beside good pixels is no reason to print a warning per image from each worker.
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                image.load()
-                return to_rgb(image)
+            yield
     except MemoryError:
         raise
     except OSError as error:
@@ -70,16 +127,17 @@ def read_image(file: str | IO[bytes]) -> Image.Image:
         raise Unreadable(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
-def _reason_of(error: OSError, file: str | IO[bytes]) -> Exception:
+def _reason_of(error: OSError, file: str | bytes | IO[bytes]) -> Exception:
     """What an OSError says about the image; a DataError when it speaks of the machine instead."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
+        where = file if isinstance(file, str) else "an image"
         return DataError(
-            f"{file}: this process may open no more files ({error.strerror}). Raise the limit (ulimit -n 65536) "
+            f"{where}: this process may open no more files ({error.strerror}). Raise the limit (ulimit -n 65536) "
             "or lower config.DATA.NUM_DATALOADER_WORKERS."
         )
     if isinstance(error, FileNotFoundError):
         return Unreadable("no such file")
-    if isinstance(file, str) and os.path.isfile(file) and os.path.getsize(file) == 0:
+    if file == b"" or (isinstance(file, str) and os.path.isfile(file) and os.path.getsize(file) == 0):
         return Unreadable("empty file")
     if type(error).__name__ == "UnidentifiedImageError":
         return Unreadable("not an image, or of an unknown format")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vissl_like.data.decode import IMAGE_EXTENSIONS, read_image
+from vissl_like.data.decode import IMAGE_EXTENSIONS, read_bytes, read_image
 from vissl_like.data.labels import read_siblings
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import PathTable, SourceRequest, file_sizes, unicode_array
@@ -57,6 +57,9 @@ class FolderSource:
 
     def load(self, row: int) -> Image.Image:
         return read_image(self.file(row))
+
+    def read(self, row: int) -> bytes:
+        return read_bytes(self.file(row))
 
     def path(self, row: int) -> str:
         return self._paths[row]
@@ -208,6 +211,9 @@ class FilelistSource:
 
     def load(self, row: int) -> Image.Image:
         return read_image(self.file(row))
+
+    def read(self, row: int) -> bytes:
+        return read_bytes(self.file(row))
 
     def path(self, row: int) -> str:
         entry = self._rewrite(str(self.entries[row]))

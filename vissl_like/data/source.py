@@ -42,7 +42,11 @@ class SourceRequest:
 
 
 class Source(Protocol):
-    """Images in a fixed order. A class in the registry also has `build(request: SourceRequest) -> Source`."""
+    """Images in a fixed order. A class in the registry also has `build(request: SourceRequest) -> Source`.
+
+    A source of files may have `read(row) -> bytes | None` too: the encoded image, from which pixels are made faster
+    than by `load`. It raises decode.Unreadable like that.
+    """
 
     name: str
     root: str  # absolute folder that `paths` are relative to; "" where paths are no files or absolute
@@ -70,6 +74,12 @@ class Source(Protocol):
 
     def stamps(self) -> np.ndarray:
         """int64 (N,): changes when the image changes. File size in bytes (-1: no such file), or a checksum."""
+
+
+def encoded_row(source: Source, row: int) -> bytes | None:
+    """The encoded image of a row, or None where the source has decoded images only."""
+    read = getattr(source, "read", None)
+    return None if read is None else read(row)
 
 
 class PathTable:
@@ -178,6 +188,10 @@ class ConcatSource:
         part, inner = self._locate(row)
         return part.load(inner)
 
+    def read(self, row: int) -> bytes | None:
+        part, inner = self._locate(row)
+        return encoded_row(part, inner)
+
     def path(self, row: int) -> str:
         part, inner = self._locate(row)
         file = part.file(inner)
@@ -223,6 +237,9 @@ class SubsetSource:
 
     def load(self, row: int) -> Image.Image:
         return self.whole.load(int(self.rows[row]))
+
+    def read(self, row: int) -> bytes | None:
+        return encoded_row(self.whole, int(self.rows[row]))
 
     def path(self, row: int) -> str:
         return self.whole.path(int(self.rows[row]))
