@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +22,13 @@ _REDUCTIONS = (8, 4, 2)
 #: A reduced JPEG still has at least this many pixels for each one of the result, in each direction.
 HEADROOM = 2
 
+#: What torch.nn.functional.interpolate(..., antialias=True) calls; these take the place of the result.
+_KERNELS = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
+
 _ONE = torch.empty(1)
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A part of an image, in pixels."""
 
     top: int
@@ -36,8 +37,7 @@ class Box:
     width: int
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """What is done to one image: `source` of it is resized to `size`, `window` of that is kept, and mirrored if `flip`."""
 
     source: Box
@@ -61,14 +61,14 @@ class FusedGeometry:
         self.num_replaced = len(transforms)
 
     def __call__(self, encoded: Encoded) -> torch.Tensor | None:
-        """uint8 (3, H, W), or None where only the transforms themselves know what to do; then nothing was drawn.
-
-        Draws from torch's global generator. Raises decode.Unreadable.
-        """
+        """place() and apply() in one; None where only the transforms themselves know what to do."""
         width, height = encoded.size
         placement = self.place(height, width)
-        if placement is None:
-            return None
+        return None if placement is None else self.apply(encoded, placement)
+
+    def apply(self, encoded: Encoded, placement: Placement) -> torch.Tensor:
+        """uint8 (3, H, W), in memory as (H, W, 3). Raises decode.Unreadable."""
+        width, height = encoded.size
         reduce = _reduction(placement) if self._use_reduced else 1
         pixels = encoded.pixels(reduce=reduce)
         if reduce > 1 and pixels.shape[:2] != (height, width):
@@ -78,11 +78,14 @@ class FusedGeometry:
             part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
             found = resize(part, placement.size, mode=self._mode)
         kept = placement.window
-        found = found[:, kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
-        return (found.flip(-1) if placement.flip else found).contiguous()
+        found = found[..., kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
+        return (found.flip(-1) if placement.flip else found).contiguous(memory_format=torch.channels_last)[0]
 
     def place(self, height: int, width: int) -> Placement | None:
-        """Where one image of this size goes; draws what the transforms would draw. None: not covered, nothing drawn."""
+        """Where one image of this size goes; None where only the transforms know it, then nothing was drawn.
+
+        Draws from torch's global generator what the transforms would draw.
+        """
         if self._random_crop is not None:
             size = tuple(self._random_crop.size)
             source = Box(**self._random_crop.make_params([_ONE.expand(3, height, width)]))
@@ -138,18 +141,19 @@ def resized(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int]:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], *, mode: str) -> torch.Tensor:
-    """uint8 (H, W, 3) -> uint8 (3, *size), antialiased like Pillow."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    """uint8 (H, W, 3) -> uint8 (1, 3, *size), in memory (H, W, 3) as well, antialiased like Pillow."""
     height, width = pixels.shape[:2]
-    if (height, width) == size:
-        return image[0]
     passes = [size]
     if height > size[0] and height - size[0] > 2 * (width - size[1]) and _has_vertical_first():
         passes = [(size[0], width), size]
+    # torch would copy a part of an image into planes, and its answer back: dearer than the resize itself.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    kernel = _KERNELS[mode].out
     for target in passes:
         if image.shape[-2:] != target:
-            image = torch.nn.functional.interpolate(image, target, mode=mode, antialias=True)
-    return image[0]
+            made = torch.empty((1, *target, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            image = kernel(image, target, False, None, None, out=made)
+    return image
 
 
 @functools.lru_cache(maxsize=1)
@@ -185,4 +189,4 @@ def _resize_reduced(pixels: np.ndarray, placement: Placement, *, reduce: int, mo
     how = Image.Resampling.BILINEAR if mode == "bilinear" else Image.Resampling.BICUBIC
     height, width = placement.size
     found = np.array(Image.fromarray(part).resize((width, height), how, box=inner))
-    return torch.from_numpy(found).permute(2, 0, 1)
+    return torch.from_numpy(found).permute(2, 0, 1)[None]

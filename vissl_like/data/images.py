@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,16 @@ from PIL import Image
 from vissl_like.core import distributed, rng
 from vissl_like.data import badimages
 from vissl_like.data.decode import Encoded, Unreadable
+from vissl_like.data.geometry import Placement
 from vissl_like.data.labels import Labels
 from vissl_like.data.source import Source, encoded_row, fingerprint
 from vissl_like.data.views import DeviceTransform, TransformFailed, Views
 from vissl_like.errors import DataError
 
 _MAX_REPLACEMENTS = 64
+
+# How many files wait in memory while the first is decoded.
+_ROWS_AT_ONCE = 16
 
 # Looked up when asked for and left behind when the dataset is sent to a worker process.
 _NOT_FOR_WORKERS = ("paths", "stamps", "fingerprint", "loaders", "bad")
@@ -27,8 +32,8 @@ _NOT_FOR_WORKERS = ("paths", "stamps", "fingerprint", "loaders", "bad")
 class Sample(NamedTuple):
     """One row as a worker sees it.
 
-    data (C, H, W); label int64 () or (K,), -1 without labels; the row that was read, another one if that was
-    unreadable; bad rows met on the way; the random numbers (R,) that the device augments it with.
+    data (C, H, W), in memory also as (H, W, C); label int64 () or (K,), -1 without labels; the row that was read, another
+    one if that was unreadable; bad rows met on the way; the random numbers (R,) that the device augments it with.
     """
 
     data: torch.Tensor
@@ -149,6 +154,49 @@ class ImageDataset(torch.utils.data.Dataset):
             f"{self._where(row)}: {bad[row]}."
         )
 
+    def samples(self, epoch: int, rows: Sequence[int] | np.ndarray) -> list[Sample]:
+        """sample() of several rows. Faster where the transforms are one step: files are opened and numbers drawn first.
+
+        Both are quick when they are done for some rows in a row, before pixels drive everything else out of the caches.
+        """
+        found: list[Sample] = []
+        with rng.preserved():
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = [int(row) for row in rows[start : start + _ROWS_AT_ONCE]]
+                begun = [self._begin(epoch, row) for row in part]
+                found += [self._finish(epoch, row, one) for row, one in zip(part, begun)]
+        return found
+
+    def _begin(self, epoch: int, row: int) -> tuple[Encoded, Placement, np.ndarray] | None:
+        """What _finish() needs: the file, its crop, its numbers for the device. None: left to sample()."""
+        if not self.views.is_fused_whole or row in self._seen_bad:
+            return None
+        assert self.views.fused is not None
+        try:
+            data = encoded_row(self.source, row)
+            if data is None:
+                return None
+            encoded = Encoded(data)
+        except Unreadable:
+            return None
+        rng.seed_sample(self.seed, epoch, row, only_torch=True)  # nothing here draws from others
+        width, height = encoded.size
+        placement = self.views.fused.place(height, width)
+        return None if placement is None else (encoded, placement, self.views.draw())
+
+    def _finish(self, epoch: int, row: int, begun: tuple[Encoded, Placement, np.ndarray] | None) -> Sample:
+        if begun is not None:
+            encoded, placement, draws = begun
+            assert self.views.fused is not None
+            try:
+                return Sample(self.views.fused.apply(encoded, placement), self._label(row), row, {}, draws)
+            except Unreadable:
+                pass  # sample() meets it once more and finds a replacement
+        return self.sample(epoch, row)
+
+    def _label(self, row: int) -> np.ndarray:
+        return np.asarray(-1 if self.labels is None else self.labels[row], dtype=np.int64)
+
     def _view(self, epoch: int, row: int, used: int, bad: dict[int, str]) -> Sample:
         """Row `used` in the view that is drawn for `row`. Raises Unreadable."""
         image = self._open(used)
@@ -161,11 +209,8 @@ class ImageDataset(torch.utils.data.Dataset):
                     f"{self._where(used)} ({size}): config.DATA.{self.split}.TRANSFORMS: {error}"
                 ) from error
             draws = self.views.draw()
-        if given is not None:
-            label = np.int64(given)
-        else:
-            label = np.int64(-1) if self.labels is None else self.labels[used]
-        return Sample(data, np.asarray(label, dtype=np.int64), used, bad, draws)
+        label = self._label(used) if given is None else np.asarray(given, dtype=np.int64)
+        return Sample(data, label, used, bad, draws)
 
     def _open(self, row: int) -> Image.Image | Encoded:
         """The image of a row: not yet decoded where that can be done together with what comes next."""

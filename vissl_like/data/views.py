@@ -96,7 +96,8 @@ class DeviceTransform(torch.nn.Module):
     def forward(self, images: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """`draws`: the batch's random numbers (B, R) on the host, where there is something to augment."""
         if images.dtype == torch.uint8:
-            images = images.to(torch.float32)
+            # Whatever the order in memory that the loader found cheapest, the model always gets the same one.
+            images = images.to(torch.float32, memory_format=torch.contiguous_format)
             if self.divide_by_255 or self.augment:
                 images.div_(255)
             if self.augment:
@@ -114,13 +115,18 @@ class DeviceTransform(torch.nn.Module):
 class Views:
     """What one TRANSFORMS list comes to. `label_names` is set when a transform gives the label (ImgRotatePil).
 
-    `fused` stands for the first steps where images come encoded.
+    `fused` stands for the first steps where images come encoded, for all of them if `is_fused_whole`.
     """
 
     steps: list[tuple[str, Callable[[Any], Any]]] = field(default_factory=list)
     device_transform: DeviceTransform = field(default_factory=DeviceTransform)
     label_names: list[str] | None = None
     fused: FusedGeometry | None = None
+
+    @property
+    def is_fused_whole(self) -> bool:
+        """Whether a worker has nothing to do after `fused`."""
+        return self.fused is not None and self.fused.num_replaced == len(self.steps)
 
     def draw(self) -> np.ndarray:
         """The numbers that the device augments one image with, float32 (R,); to be drawn after its other transforms."""
@@ -139,7 +145,7 @@ class Views:
                 current, label = current
         if isinstance(current, Image.Image):
             current = image_to_uint8(current)
-        return current.as_subclass(torch.Tensor).contiguous(), label
+        return (current if self.is_fused_whole else current.as_subclass(torch.Tensor).contiguous()), label
 
     def _begin(self, image: Image.Image | Encoded) -> tuple[Any, int]:
         """What the next step takes, and how many steps are done."""
@@ -155,8 +161,8 @@ class Views:
             raise _failed(self.steps[0][0], error) from error
         if made is None:
             return image.image(), 0
-        done = self.fused.num_replaced
-        return (made if done == len(self.steps) else Image.fromarray(made.permute(1, 2, 0).numpy())), done
+        next_takes = made if self.is_fused_whole else Image.fromarray(made.permute(1, 2, 0).numpy())
+        return next_takes, self.fused.num_replaced
 
 
 def _failed(name: str, error: Exception) -> TransformFailed:
