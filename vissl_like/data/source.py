@@ -6,6 +6,7 @@ A row's identity is its path: relative to the source's root where there is one, 
 
 from __future__ import annotations
 
+import array
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -86,9 +87,16 @@ class PathTable:
     """Many strings in two arrays: no Python object per row, so worker processes take a plain copy of the bytes."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        content, ends = bytearray(), array.array("q")
+        for text in strings:
+            content += text.encode("utf-8", "surrogateescape")
+            ends.append(len(content))
+        self._bytes = np.frombuffer(content, np.uint8)
+        self._ends = np.frombuffer(ends, np.int64)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All strings in a row, uint8, and where each of them ends, int64 (N,)."""
+        return self._bytes, self._ends
 
     def __len__(self) -> int:
         return len(self._ends)
