@@ -216,8 +216,6 @@ def test_the_rest_of_the_tail_follows() -> None:
         plain = on_device([JITTER])
         draws = drawn(views, 4)
         assert torch.allclose(views.device_transform(images, draws), expected(plain.device_transform(images, draws)))
-    bgr = on_device([JITTER], input_type="bgr").device_transform(images, draws)
-    assert torch.equal(bgr, plain.device_transform(images, draws).flip(1))
 
 
 def test_forgotten_numbers_are_an_error() -> None:
