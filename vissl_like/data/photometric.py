@@ -130,7 +130,9 @@ class _Chosen:
 
 
 class Jitter(_Chosen):
-    """torchvision's ColorJitter. Numbers: 1; the operation in each of four places; the four factors, nan for none."""
+    """torchvision's ColorJitter. Numbers: 1; the operation in each of four places; the four factors (without effect: 1, 1,
+    1, 0).
+    """
 
     width = 9
 
@@ -139,15 +141,16 @@ class Jitter(_Chosen):
 
     def draw(self) -> list[float]:
         drawn = self._transform.make_params([])
-        factors = [drawn[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
-        return [1.0, *drawn["fn_idx"].tolist(), *(np.nan if factor is None else factor for factor in factors)]
+        neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        factors = [(drawn[f"{name}_factor"], without) for name, without in neutral.items()]
+        return [1.0, *drawn["fn_idx"].tolist(), *(without if factor is None else factor for factor, without in factors)]
 
     def change(self, images: Tensor, numbers: np.ndarray) -> Tensor:
         for place in range(4):
             operation = numbers[:, 1 + place].astype(np.int64)
             factor = numbers[np.arange(len(numbers)), 5 + operation]
             images = _blend(images, operation, factor)
-            rows = np.flatnonzero((operation == _HUE) & ~np.isnan(factor))
+            rows = np.flatnonzero((operation == _HUE) & (factor != 0))
             if len(rows) and images.shape[1] == 3:
                 index = _to_device(rows, images)
                 images[index] = shift_hue(images[index], _column(factor[rows], images)[:, 0])
@@ -263,7 +266,7 @@ def _blend(images: Tensor, operation: np.ndarray, factor: np.ndarray) -> Tensor:
 
     One pass over the batch for all three; images that undergo another operation have the factor 1.
     """
-    is_changed = ~np.isnan(factor) & (operation != _HUE)
+    is_changed = (factor != 1) & (operation != _HUE)
     if images.shape[1] != 3:
         is_changed &= operation != _SATURATION
     if not is_changed.any():

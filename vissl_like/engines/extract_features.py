@@ -269,7 +269,7 @@ def warn_random_views(dataset: ImageDataset) -> None:
 
 
 def _is_same(one: Sample, other: Sample) -> bool:
-    return torch.equal(one.data, other.data) and np.array_equal(one.draws, other.draws, equal_nan=True)
+    return torch.equal(one.data, other.data) and np.array_equal(one.draws, other.draws)
 
 
 def _calibrate(
