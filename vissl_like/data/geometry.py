@@ -58,6 +58,9 @@ class FusedGeometry:
         self._random_crop, self._resize = names.get("RandomResizedCrop"), names.get("Resize")
         self._center, self._flip = names.get("CenterCrop"), names.get("RandomHorizontalFlip")
         self._mode, self._use_reduced = mode, use_reduced
+        last = self._center or self._random_crop or self._resize
+        #: Height and width of every result; None where they follow from the image.
+        self.size: tuple[int, int] | None = tuple(last.size) if last is not None and len(last.size) == 2 else None
         self.num_replaced = len(transforms)
 
     def __call__(self, encoded: Encoded) -> torch.Tensor | None:
@@ -66,20 +69,25 @@ class FusedGeometry:
         placement = self.place(height, width)
         return None if placement is None else self.apply(encoded, placement)
 
-    def apply(self, encoded: Encoded, placement: Placement) -> torch.Tensor:
-        """uint8 (3, H, W), in memory as (H, W, 3). Raises decode.Unreadable."""
+    def apply(self, encoded: Encoded, placement: Placement, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (3, H, W), in memory as (H, W, 3); written to `out` (H, W, 3) if given. Raises decode.Unreadable."""
         width, height = encoded.size
+        source, kept = placement.source, placement.window
+        is_final = not placement.flip and placement.size == (kept.height, kept.width)
         reduce = _reduction(placement) if self._use_reduced else 1
         pixels = encoded.pixels(reduce=reduce)
         if reduce > 1 and pixels.shape[:2] != (height, width):
             found = _resize_reduced(pixels, placement, reduce=reduce, mode=self._mode)
         else:
-            box = placement.source
-            part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-            found = resize(part, placement.size, mode=self._mode)
-        kept = placement.window
+            part = pixels[source.top : source.top + source.height, source.left : source.left + source.width]
+            found = resize(part, placement.size, mode=self._mode, out=out if is_final else None)
         found = found[..., kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
-        return (found.flip(-1) if placement.flip else found).contiguous(memory_format=torch.channels_last)[0]
+        found = found.flip(-1) if placement.flip else found
+        if out is None:
+            return found.contiguous(memory_format=torch.channels_last)[0]
+        if found.data_ptr() != out.data_ptr():
+            out.copy_(found[0].permute(1, 2, 0))
+        return out.permute(2, 0, 1)
 
     def place(self, height: int, width: int) -> Placement | None:
         """Where one image of this size goes; None where only the transforms know it, then nothing was drawn.
@@ -140,8 +148,11 @@ def resized(height: int, width: int, *, size: Sequence[int]) -> tuple[int, int]:
     return (new_long, size[0]) if width <= height else (size[0], new_long)
 
 
-def resize(pixels: np.ndarray, size: tuple[int, int], *, mode: str) -> torch.Tensor:
-    """uint8 (H, W, 3) -> uint8 (1, 3, *size), in memory (H, W, 3) as well, antialiased like Pillow."""
+def resize(pixels: np.ndarray, size: tuple[int, int], *, mode: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (1, 3, *size), in memory (H, W, 3) as well, antialiased like Pillow.
+
+    `out` (*size, 3) is written to if there is anything to compute.
+    """
     height, width = pixels.shape[:2]
     passes = [size]
     if height > size[0] and height - size[0] > 2 * (width - size[1]) and _has_vertical_first():
@@ -151,8 +162,8 @@ def resize(pixels: np.ndarray, size: tuple[int, int], *, mode: str) -> torch.Ten
     kernel = _KERNELS[mode].out
     for target in passes:
         if image.shape[-2:] != target:
-            made = torch.empty((1, *target, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-            image = kernel(image, target, False, None, None, out=made)
+            made = torch.empty((*target, 3), dtype=torch.uint8) if out is None or target != size else out
+            image = kernel(image, target, False, None, None, out=made.permute(2, 0, 1)[None])
     return image
 
 

@@ -140,14 +140,16 @@ class _Reader(torch.utils.data.Dataset):
 
 def _read_batch(dataset: ImageDataset, epoch: int, rows: np.ndarray) -> dict[str, Any]:
     """One batch. Small arrays stay numpy: they travel inside the message, a tensor each needs a file descriptor."""
-    samples = dataset.samples(epoch, rows)
+    size = dataset.encoded_size
+    out = None if size is None else _new_images(len(rows), *size)
+    samples = dataset.samples(epoch, rows, out=out)
     bad: dict[int, str] = {}
     for sample in samples:
         bad.update(sample.bad)
     images = [sample.data for sample in samples]
     _refuse_mixed_shapes(images, dataset=dataset, rows=rows)
     batch: dict[str, Any] = {
-        "data": _stacked(images),
+        "data": torch.utils.data.default_collate(images) if out is None else _in_place(images, out),
         "label": np.stack([sample.label for sample in samples]),
         "index": np.asarray(rows, dtype=np.int64),
         "valid": np.array([sample.used == int(row) for sample, row in zip(samples, rows)]),
@@ -158,11 +160,21 @@ def _read_batch(dataset: ImageDataset, epoch: int, rows: np.ndarray) -> dict[str
     return batch
 
 
-def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
-    """(B, C, H, W), in shared memory within a worker; images that are (H, W, C) in memory stay so, which is quicker."""
-    if all(image.ndim == 3 and image.stride(0) == 1 for image in images):
-        return torch.utils.data.default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    return torch.utils.data.default_collate(images)
+def _new_images(count: int, height: int, width: int) -> torch.Tensor:
+    """Room for uint8 images (B, H, W, 3); within a worker in shared memory, as PyTorch's own collation does it."""
+    shape = (count, height, width, 3)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * height * width * 3)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
+def _in_place(images: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """The images (C, H, W) as a batch (B, C, H, W); most of them are in `out` (B, H, W, C) already."""
+    for image, slot in zip(images, out):
+        if image.data_ptr() != slot.data_ptr():
+            slot.copy_(image.permute(1, 2, 0))
+    return out.permute(0, 3, 1, 2)
 
 
 def _refuse_mixed_shapes(images: list[torch.Tensor], *, dataset: ImageDataset, rows: np.ndarray) -> None:
