@@ -114,6 +114,29 @@ def test_tests_alone_repeat_the_last_test(tmp_path: Path) -> None:
     assert not os.path.exists(tmp_path / "again" / "checkpoints")
 
 
+def test_augmentation_on_the_device(tmp_path: Path) -> None:
+    """The same images with two processes, loader processes or after a kill: their numbers come from row and epoch."""
+    colours = "{name: ColorJitter, brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1}, {name: RandomGrayscale}"
+    blur = "{name: RandomApply, transforms: [{name: GaussianBlur, kernel_size: 5}], p: 0.5}"
+    transforms = f"[{{name: RandomResizedCrop, size: 28}}, {colours}, {blur}, {{name: ToTensor}}]"
+    wanted = [*PLAIN, f"config.DATA.TRAIN.TRANSFORMS={transforms}", "config.DATA.AUGMENT_ON_DEVICE=true"]
+    for name in ("one", "plain"):
+        done = launch(tmp_path / name, *wanted, f"config.DATA.AUGMENT_ON_DEVICE={str(name == 'one').lower()}")
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "one"), rel=0.05)
+    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
+    done = launch(tmp_path / "two", *wanted, *two)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    loaders = "config.DATA.NUM_DATALOADER_WORKERS=1"
+    assert launch(tmp_path / "killed", *wanted, loaders, env={"KILL_AFTER": "5"}).returncode == -9
+    assert launch(tmp_path / "killed", *wanted, loaders).returncode == 0
+    one, killed = (
+        load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("one", "killed")
+    )
+    assert all(one[name].equal(killed[name]) for name in one)
+
+
 def test_exploding_loss_leaves_a_bundle(tmp_path: Path) -> None:
     done = launch(tmp_path / "run", *PLAIN, "config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE=1e18")
     assert done.returncode == 2

@@ -65,11 +65,16 @@ def outputs(
         if not hasattr(own, "model"):
             own.model = model if threads <= 1 else _replica(model)
         with torch.inference_mode(), loading.arithmetic.autocast():
-            moved = loading.arithmetic.to_device({"data": batch["data"]}, to_input)
+            moved = loading.arithmetic.to_device(image_part(batch), to_input)
             found = call(own.model, moved["data"])
         return batch, {name: value.float().cpu().numpy() for name, value in found.items()}
 
     return each(compute, batches, threads=threads)
+
+
+def image_part(batch: Batch) -> Batch:
+    """What the model's input is made of."""
+    return {name: batch[name] for name in ("data", "draws") if name in batch}
 
 
 def _replica(model: nn.Module) -> nn.Module:
@@ -218,7 +223,7 @@ def calibrate_batchnorm(
 
     def forward(batch: Batch) -> None:
         with torch.no_grad(), loading.arithmetic.autocast():
-            moved = loading.arithmetic.to_device({"data": batch["data"]}, dataset.device_transform)
+            moved = loading.arithmetic.to_device(image_part(batch), dataset.device_transform)
             model.trunk_features(moved["data"])  # type: ignore[operator]
 
     momenta = [layer.momentum for layer in layers]

@@ -76,6 +76,8 @@ def make_plan(
     backend = _processes(config, rows, num_processes=num_processes, local=local, device=device)
     threads = _threads(config, rows, local=local, cores=cores)
     workers = _workers(config, rows, local=local, cores=cores, device=device)
+    if config.DATA.AUGMENT_ON_DEVICE == "auto" and device == "gpu":
+        rows.append(PlanRow("DATA.AUGMENT_ON_DEVICE", "auto", "True", "the device is a GPU"))
     batch, accumulate = config.DATA.TRAIN.BATCHSIZE_PER_REPLICA, config.OPTIMIZER.ACCUMULATE_STEPS
     global_batch = batch * num_processes * accumulate
     lr, lr_head, steps, total, warnings = _no_training(config)

@@ -48,6 +48,16 @@ class Split(Section):
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
+    AUGMENT_ON_DEVICE: Literal["auto", True, False] = option(
+        "auto",
+        "Colour, blur, solarisation at the end of TRANSFORMS run on whole batches on the device instead of in the loader "
+        "processes, with the same random numbers per image. auto: on a GPU.",
+    )
+    REDUCED_DECODE: bool = option(
+        False,
+        "Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels of the result; "
+        "faster, but pixels differ (by 0.2 of 255 in the mean).",
+    )
     CATALOG: str = option(
         "", "JSON catalog of data sets {name: {train: [images, labels], val: [...]}}; see docs/start.md."
     )

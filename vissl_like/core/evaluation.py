@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -74,14 +75,20 @@ class Arithmetic:
             return contextlib.nullcontext()
         return torch.autocast(distributed.current().device.type, dtype=PRECISIONS[self.precision])
 
-    def to_device(self, batch: Mapping[str, Any], to_input: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch on the device; data as the model takes it (`to_input`: what the transforms leave to the device)."""
+    def to_device(self, batch: Mapping[str, Any], to_input: Callable[..., Tensor]) -> Batch:
+        """The batch on the device; data as the model takes it (`to_input`: what the transforms leave to the device).
+
+        Random numbers of the transforms, `draws`, stay on the host and go no further.
+        """
         device = distributed.current().device
         moved = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
+            if name != "draws"
         }
-        data = batch["data"]
+        data, draws = batch["data"], batch.get("draws")
+        if draws is not None:
+            to_input = partial(to_input, draws=draws)
         if isinstance(data, Tensor):
             moved["data"] = self._input(moved["data"], to_input)
         else:  # several crops

@@ -64,23 +64,39 @@ def _seed_globals(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def sample_scope(seed: int, epoch: int, sample_id: int, view: int = 0) -> Iterator[None]:
-    """Within it the global CPU generators of torch, numpy and Python are a function of the coordinates.
+def preserved() -> Iterator[None]:
+    """Whatever is seeded and drawn within, the global CPU generators of torch, numpy and Python go on as before afterwards.
 
-    They go on as before afterwards: without loader processes, the noise of the model must not depend on the loading of
-    images. (numpy's second, kept value of a pair of normal numbers is lost.)
+    Without loader processes, the noise of the model must not depend on the loading of images. (numpy's second, kept value
+    of a pair of normal numbers is lost.)
     """
     before_torch, before_python = torch.get_rng_state(), random.getstate()
     # Numpy gets another generator for the time being: copying its state out and in takes 0.1 ms.
     before_numpy = mtrand.get_bit_generator()
     mtrand.set_bit_generator(np.random.MT19937(0) if before_numpy is _scoped_numpy else _scoped_numpy)
-    _seed_globals(mix(_SAMPLE, seed, epoch, sample_id, view))
     try:
         yield
     finally:
         torch.set_rng_state(before_torch)
         mtrand.set_bit_generator(before_numpy)
         random.setstate(before_python)
+
+
+def seed_sample(seed: int, epoch: int, sample_id: int, view: int = 0, *, only_torch: bool = False) -> None:
+    """Make the global CPU generators, or just torch's, a function of the coordinates; only within preserved()."""
+    value = mix(_SAMPLE, seed, epoch, sample_id, view)
+    if only_torch:
+        torch.default_generator.manual_seed(value)
+    else:
+        _seed_globals(value)
+
+
+@contextlib.contextmanager
+def sample_scope(seed: int, epoch: int, sample_id: int, view: int = 0) -> Iterator[None]:
+    """Within it the global CPU generators of torch, numpy and Python are a function of the coordinates."""
+    with preserved():
+        seed_sample(seed, epoch, sample_id, view)
+        yield
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vissl_like import registry
 from vissl_like.config.schema_data import Data, Split
+from vissl_like.core import distributed
 from vissl_like.data import catalog
 from vissl_like.data.folder import FilelistSource, folder_classes
 from vissl_like.data.images import ImageDataset
@@ -50,7 +51,13 @@ def build_dataset(
     """
     options: Split = getattr(data, split)
     _check_lists(options, split)
-    views = build_views(options.TRANSFORMS, key=f"config.DATA.{split}.TRANSFORMS", input_type=input_type)
+    views = build_views(
+        options.TRANSFORMS,
+        key=f"config.DATA.{split}.TRANSFORMS",
+        input_type=input_type,
+        augment_on_device=augments_on_device(data),
+        use_reduced=data.REDUCED_DECODE,
+    )
     opened = [_open_source(data, split, position) for position in range(len(options.DATA_SOURCES))]
     source, labels = _choose_rows(opened, options, split)
     if split != "TRAIN" and labels is not None and labels.class_names:
@@ -70,6 +77,13 @@ def build_dataset(
         max_bad_fraction=data.MAX_BAD_FRACTION,
         run_dir=run_dir,
     )
+
+
+def augments_on_device(data: Data) -> bool:
+    """Whether colour and blur are left to the device: by option, else where the device is a GPU."""
+    if data.AUGMENT_ON_DEVICE != "auto":
+        return bool(data.AUGMENT_ON_DEVICE)
+    return distributed.current().device.type == "cuda"
 
 
 def _check_lists(options: Split, split: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vissl_like.data.decode import IMAGE_EXTENSIONS, read_image
+from vissl_like.data.decode import IMAGE_EXTENSIONS, read_bytes, read_image
 from vissl_like.data.labels import read_siblings
+from vissl_like.data.listing import Listing, entries_of, images_below, is_image, list_folder
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import PathTable, SourceRequest, file_sizes, unicode_array
 from vissl_like.errors import DataError
@@ -33,14 +33,14 @@ class FolderSource:
         self.name = name
         self.root = os.path.abspath(os.path.expanduser(str(folder)))
         _must_be_folder(self.root, given=str(folder), key=key)
-        found = list(_images_below(self.root))
-        if not found:
+        found = list_folder(self.root)
+        if not len(found.paths):
             raise DataError(
                 f"{key}={str(folder)!r}: no image in this folder or below it. "
                 f"Known extensions: {', '.join(IMAGE_EXTENSIONS)}."
             )
-        self._paths = PathTable(found)
-        self.class_names, self.labels = _classes_of(found, folder=str(folder), key=key)
+        self._paths, self.class_names, self.labels = found.paths, found.class_names, found.class_numbers
+        _warn_of_layout(found, folder=str(folder), key=key)
 
     @classmethod
     def build(cls, request: SourceRequest) -> FolderSource:
@@ -58,6 +58,9 @@ class FolderSource:
     def load(self, row: int) -> Image.Image:
         return read_image(self.file(row))
 
+    def read(self, row: int) -> bytes:
+        return read_bytes(self.file(row))
+
     def path(self, row: int) -> str:
         return self._paths[row]
 
@@ -72,11 +75,11 @@ def folder_classes(folder: str | Path) -> list[str] | None:
     """The class names that FolderSource finds, without listing every image; None where it finds none."""
     root = os.path.abspath(os.path.expanduser(str(folder)))
     classes = []
-    for entry in _entries(root):
+    for entry in entries_of(root):
         if not entry.is_dir():
-            if _is_image(entry.name):
+            if is_image(entry.name):
                 return None
-        elif next(_images_below(root, below=entry.name), None) is not None:
+        elif next(images_below(root, below=entry.name), None) is not None:
             classes.append(entry.name)
     return classes or None
 
@@ -94,46 +97,16 @@ def _must_be_folder(root: str, *, given: str, key: str) -> None:
     raise DataError(f"{key}={given!r}: no such folder (looked for {root}).{hint}")
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)
-
-
-def _images_below(root: str, *, below: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Relative paths with forward slashes. `above`: the folders we came through, so that a circle of links ends."""
-    folder = os.path.join(root, below)
-    state = os.stat(folder)
-    here = (state.st_dev, state.st_ino)
-    if here in above:
-        return
-    for entry in _entries(folder):
-        path = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir():
-            yield from _images_below(root, below=path, above=above | {here})
-        elif _is_image(entry.name):
-            yield path
-
-
-def _classes_of(paths: list[str], *, folder: str, key: str) -> tuple[list[str] | None, np.ndarray | None]:
-    """(names, int64 (N,)) by the first folder level, or (None, None) if an image lies above it."""
-    loose = next((path for path in paths if "/" not in path), None)
-    if loose is not None:
-        if any("/" in path for path in paths):
-            _log.warning("%s=%r: %r lies beside sub-folders, so these are not taken as classes.", key, folder, loose)
-        return None, None
-    firsts = [path.split("/", 1)[0] for path in paths]
-    names = sorted(set(firsts))
+def _warn_of_layout(found: Listing, *, folder: str, key: str) -> None:
+    """Say so if the folder may be meant in another way."""
+    if found.loose:
+        _log.warning("%s=%r: %r lies beside sub-folders, so these are not taken as classes.", key, folder, found.loose)
+    names = found.class_names or []
     if len(names) > 1 and {name.lower() for name in names} <= _SPLIT_WORDS:
         _log.warning(
             "%s=%r: the sub-folders %s are taken as classes. If they are splits, give %r.",
             key, folder, names, os.path.join(folder, names[0]),
         )  # fmt: skip
-    number = {name: k for k, name in enumerate(names)}
-    return names, np.array([number[first] for first in firsts], dtype=np.int64)
 
 
 class FilelistSource:
@@ -208,6 +181,9 @@ class FilelistSource:
 
     def load(self, row: int) -> Image.Image:
         return read_image(self.file(row))
+
+    def read(self, row: int) -> bytes:
+        return read_bytes(self.file(row))
 
     def path(self, row: int) -> str:
         entry = self._rewrite(str(self.entries[row]))

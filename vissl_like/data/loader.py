@@ -43,7 +43,7 @@ def train_batches(
 
     data (B, C, H, W) uint8 or float, label (B,) or (B, K) int64, index (B,) int64, valid (B,) bool, weight (): the
     factor for the micro-batch's mean loss with which the mean over micro-batches and ranks is the mean over the
-    step's rows.
+    step's rows. draws (B, R) float32 where the device augments: what device_transform takes beside the images.
     """
     steps = order.steps_per_epoch(len(dataset), batch_per_rank, accumulate, size, drop_last)
     if steps == 0:
@@ -140,19 +140,41 @@ class _Reader(torch.utils.data.Dataset):
 
 def _read_batch(dataset: ImageDataset, epoch: int, rows: np.ndarray) -> dict[str, Any]:
     """One batch. Small arrays stay numpy: they travel inside the message, a tensor each needs a file descriptor."""
-    samples = [dataset.sample(epoch, int(row)) for row in rows]
+    size = dataset.encoded_size
+    out = None if size is None else _new_images(len(rows), *size)
+    samples = dataset.samples(epoch, rows, out=out)
     bad: dict[int, str] = {}
-    for _, _, _, found in samples:
-        bad.update(found)
-    images = [data for data, _, _, _ in samples]
+    for sample in samples:
+        bad.update(sample.bad)
+    images = [sample.data for sample in samples]
     _refuse_mixed_shapes(images, dataset=dataset, rows=rows)
-    return {
-        "data": torch.utils.data.default_collate(images),
-        "label": np.stack([label for _, label, _, _ in samples]),
+    batch: dict[str, Any] = {
+        "data": torch.utils.data.default_collate(images) if out is None else _in_place(images, out),
+        "label": np.stack([sample.label for sample in samples]),
         "index": np.asarray(rows, dtype=np.int64),
-        "valid": np.array([used == int(row) for (_, _, used, _), row in zip(samples, rows)]),
+        "valid": np.array([sample.used == int(row) for sample, row in zip(samples, rows)]),
         "bad": bad,
     }
+    if len(samples[0].draws):
+        batch["draws"] = np.stack([sample.draws for sample in samples])
+    return batch
+
+
+def _new_images(count: int, height: int, width: int) -> torch.Tensor:
+    """Room for uint8 images (B, H, W, 3); within a worker in shared memory, as PyTorch's own collation does it."""
+    shape = (count, height, width, 3)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * height * width * 3)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
+def _in_place(images: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """The images (C, H, W) as a batch (B, C, H, W); most of them are in `out` (B, H, W, C) already."""
+    for image, slot in zip(images, out):
+        if image.data_ptr() != slot.data_ptr():
+            slot.copy_(image.permute(1, 2, 0))
+    return out.permute(0, 3, 1, 2)
 
 
 def _refuse_mixed_shapes(images: list[torch.Tensor], *, dataset: ImageDataset, rows: np.ndarray) -> None:
@@ -196,12 +218,10 @@ def _finished(dataset: ImageDataset, answer: dict[str, Any], *, pin_memory: bool
     if "error" in answer:
         raise answer["error"]
     dataset.record_bad(answer["bad"])
-    batch = {
-        "data": answer["data"],
-        "label": torch.from_numpy(answer["label"]),
-        "index": torch.from_numpy(answer["index"]),
-        "valid": torch.from_numpy(answer["valid"]),
-    }
+    batch: dict[str, torch.Tensor] = {"data": answer["data"]}
+    for name in ("label", "index", "valid", "draws"):
+        if name in answer:
+            batch[name] = torch.from_numpy(answer[name])
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
 
 

@@ -87,10 +87,10 @@ class ImgPilColorDistortion:
         from torchvision.transforms import v2
 
         jitter = v2.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
-        self._distort = v2.Compose([v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(p=0.2)])
+        self.distort = v2.Compose([v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(p=0.2)])
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return self._distort(image)
+        return self.distort(image)
 
 
 class ImgPilRandomColorJitter:
@@ -100,10 +100,10 @@ class ImgPilRandomColorJitter:
         from torchvision.transforms import v2
 
         jitter = v2.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
-        self._distort = v2.RandomApply([jitter], p=_probability(prob, "prob"))
+        self.distort = v2.RandomApply([jitter], p=_probability(prob, "prob"))
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return self._distort(image)
+        return self.distort(image)
 
 
 class ImgPilGaussianBlur:
@@ -114,11 +114,15 @@ class ImgPilGaussianBlur:
             raise ValueError(f"radius_min={radius_min}, radius_max={radius_max}: needs 0 <= radius_min <= radius_max")
         self._p, self._low, self._high = _probability(p, "p"), radius_min, radius_max
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def draw(self) -> float | None:
+        """The radius for one image, or None for no blur."""
         if torch.rand(1).item() >= self._p:
-            return image
-        radius = self._low + (self._high - self._low) * torch.rand(1).item()
-        return image.filter(ImageFilter.GaussianBlur(radius=radius))
+            return None
+        return self._low + (self._high - self._low) * torch.rand(1).item()
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        radius = self.draw()
+        return image if radius is None else image.filter(ImageFilter.GaussianBlur(radius=radius))
 
 
 class ImgPilRandomSolarize:
@@ -127,8 +131,12 @@ class ImgPilRandomSolarize:
     def __init__(self, prob: float) -> None:
         self._prob = _probability(prob, "prob")
 
+    def draw(self) -> bool:
+        """Whether one image is inverted."""
+        return torch.rand(1).item() < self._prob
+
     def __call__(self, image: Image.Image) -> Image.Image:
-        return ImageOps.solarize(image) if torch.rand(1).item() < self._prob else image
+        return ImageOps.solarize(image) if self.draw() else image
 
 
 class ImgPilResizeLargerSide:

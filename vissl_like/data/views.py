@@ -2,21 +2,26 @@
 
 A ToTensor (or ImgToTensor, ImgPilToRawTensor) at the end, with or without a Normalize after it, is done on batches on
 the device: workers hand over uint8, a quarter of the bytes of float32. A list that ends with a PIL image ends in an
-implied ToTensor. Everything else is done per image in the worker. Names are ours (data/transforms.py) or those of
-torchvision.transforms.v2.
+implied ToTensor. Colour and blur before it can be done there, too (data/photometric.py); the numbers for them are drawn
+in the worker. A crop, resize and flip at the beginning are one step (data/geometry.py). Everything else is done per
+image in the worker. Names are ours (data/transforms.py) or those of torchvision.transforms.v2.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from vissl_like.data import photometric
+from vissl_like.data.decode import Encoded, Unreadable
+from vissl_like.data.geometry import FusedGeometry, find_fused
 from vissl_like.data.transforms import OWN_TRANSFORMS, image_to_uint8, interpolation_mode
 from vissl_like.errors import ConfigError
 from vissl_like.registry import suggest
@@ -67,7 +72,7 @@ class TransformFailed(Exception):
 
 
 class DeviceTransform(torch.nn.Module):
-    """Batches (B, C, H, W), uint8 or float, on any device -> float32, scaled and normalised.
+    """Batches (B, C, H, W), uint8 or float, on any device -> float32, augmented, scaled and normalised.
 
     Float batches were scaled and normalised in the worker. The order of channels is left alone: the model itself knows
     which one it takes (MODEL.INPUT_TYPE).
@@ -79,19 +84,28 @@ class DeviceTransform(torch.nn.Module):
         divide_by_255: bool = True,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        augment: Sequence[photometric.Step] = (),
     ) -> None:
         super().__init__()
-        self.divide_by_255 = divide_by_255
+        self.divide_by_255, self.augment = divide_by_255, list(augment)
         self.is_normalizing = mean is not None
         self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+        """`draws`: the batch's random numbers (B, R) on the host, where there is something to augment."""
         if images.dtype == torch.uint8:
-            images = images.to(torch.float32)
-            if self.divide_by_255:
+            # Whatever the order in memory that the loader found cheapest, the model always gets the same one.
+            images = images.to(torch.float32, memory_format=torch.contiguous_format)
+            if self.divide_by_255 or self.augment:
                 images.div_(255)
+            if self.augment:
+                if draws is None:
+                    raise ValueError("the batch's `draws` are missing: its images would not be augmented")
+                images = photometric.apply(self.augment, images, draws.numpy())
+                if not self.divide_by_255:
+                    images.mul_(255)
             if self.is_normalizing:
                 images.sub_(self.mean.to(images.device)).div_(self.std.to(images.device))
         return images
@@ -99,28 +113,60 @@ class DeviceTransform(torch.nn.Module):
 
 @dataclass
 class Views:
-    """What one TRANSFORMS list comes to. `label_names` is set when a transform gives the label (ImgRotatePil)."""
+    """What one TRANSFORMS list comes to. `label_names` is set when a transform gives the label (ImgRotatePil).
+
+    `fused` stands for the first steps where images come encoded, for all of them if `is_fused_whole`.
+    """
 
     steps: list[tuple[str, Callable[[Any], Any]]] = field(default_factory=list)
     device_transform: DeviceTransform = field(default_factory=DeviceTransform)
     label_names: list[str] | None = None
+    fused: FusedGeometry | None = None
 
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, int | None]:
+    @property
+    def is_fused_whole(self) -> bool:
+        """Whether a worker has nothing to do after `fused`."""
+        return self.fused is not None and self.fused.num_replaced == len(self.steps)
+
+    def draw(self) -> np.ndarray:
+        """The numbers that the device augments one image with, float32 (R,); to be drawn after its other transforms."""
+        return photometric.draw(self.device_transform.augment)
+
+    def __call__(self, image: Image.Image | Encoded) -> tuple[torch.Tensor, int | None]:
         """One image -> (tensor (C, H, W), uint8 where the rest is done on the device; label or None)."""
         label: int | None = None
-        current: Any = image
-        for name, step in self.steps:
+        current, done = self._begin(image)
+        for name, step in self.steps[done:]:
             try:
                 current = step(current)
             except Exception as error:
-                raise TransformFailed(
-                    f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                ) from error
+                raise _failed(name, error) from error
             if isinstance(current, tuple):
                 current, label = current
         if isinstance(current, Image.Image):
             current = image_to_uint8(current)
-        return current.as_subclass(torch.Tensor).contiguous(), label
+        return (current if self.is_fused_whole else current.as_subclass(torch.Tensor).contiguous()), label
+
+    def _begin(self, image: Image.Image | Encoded) -> tuple[Any, int]:
+        """What the next step takes, and how many steps are done."""
+        if isinstance(image, Image.Image):
+            return image, 0
+        if self.fused is None:
+            return image.image(), 0
+        try:
+            made = self.fused(image)
+        except Unreadable:
+            raise
+        except Exception as error:
+            raise _failed(self.steps[0][0], error) from error
+        if made is None:
+            return image.image(), 0
+        next_takes = made if self.is_fused_whole else Image.fromarray(made.permute(1, 2, 0).numpy())
+        return next_takes, self.fused.num_replaced
+
+
+def _failed(name: str, error: Exception) -> TransformFailed:
+    return TransformFailed(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def transform_names() -> list[str]:
@@ -138,17 +184,36 @@ def check_transforms(transforms: list[dict[str, Any]], key: str, *, input_type: 
     return _assemble(transforms, key=key, input_type=input_type)[1]
 
 
-def build_views(transforms: list[dict[str, Any]], *, key: str, input_type: str = "rgb") -> Views:
-    """The views of a TRANSFORMS list. Raises ConfigError with everything wrong."""
-    views, problems = _assemble(transforms, key=key, input_type=input_type)
+def build_views(
+    transforms: list[dict[str, Any]],
+    *,
+    key: str,
+    input_type: str = "rgb",
+    augment_on_device: bool = False,
+    use_reduced: bool = False,
+) -> Views:
+    """The views of a TRANSFORMS list. Raises ConfigError with everything wrong.
+
+    `augment_on_device`: colour and blur at the end are left to the device. `use_reduced`: see geometry.FusedGeometry.
+    """
+    views, problems = _assemble(
+        transforms, key=key, input_type=input_type, augment_on_device=augment_on_device, use_reduced=use_reduced
+    )
     if problems:
         raise ConfigError("\n".join(problems))
     return views
 
 
-def _assemble(transforms: list[dict[str, Any]], *, key: str, input_type: str) -> tuple[Views, list[str]]:
+def _assemble(
+    transforms: list[dict[str, Any]],
+    *,
+    key: str,
+    input_type: str,
+    augment_on_device: bool = False,
+    use_reduced: bool = False,
+) -> tuple[Views, list[str]]:
     problems: list[str] = []
-    made, _ = _make_list(transforms, key=key, kind="pil", problems=problems)
+    made, kind = _make_list(transforms, key=key, kind="pil", problems=problems)
     if input_type == "lab" and not any(entry.get("name") == "ImgPil2LabTensor" for entry in transforms):
         problems.append(f"config.MODEL.INPUT_TYPE='lab': {key} must hold ImgPil2LabTensor, which makes Lab images.")
     if problems:
@@ -157,9 +222,13 @@ def _assemble(transforms: list[dict[str, Any]], *, key: str, input_type: str) ->
     if len(makers_of_labels) > 1:
         problems.append(f"{key}: {len(makers_of_labels)} transforms give the label; only one can.")
     divide, mean, std, kept = _split_off_tail(transforms, made)
-    device = DeviceTransform(divide_by_255=divide, mean=mean, std=std)
+    ends_in_pil = len(kept) < len(made) or kind == "pil"
+    augment = photometric.find_steps([step for _, step in kept]) if augment_on_device and ends_in_pil else []
+    kept = kept[: len(kept) - len(augment)]
+    device = DeviceTransform(divide_by_255=divide, mean=mean, std=std, augment=augment)
     names = makers_of_labels[0].class_names if makers_of_labels else None  # type: ignore[attr-defined]
-    return Views(steps=kept, device_transform=device, label_names=names), problems
+    fused = find_fused([step for _, step in kept], use_reduced=use_reduced)
+    return Views(steps=kept, device_transform=device, label_names=names, fused=fused), problems
 
 
 def _split_off_tail(

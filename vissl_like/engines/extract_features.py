@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vissl_like.analysis import extraction
@@ -22,7 +23,7 @@ from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.core.weights import WeightsReport, fingerprint, load_initial_weights
 from vissl_like.data.dataset import SPLITS, build_dataset, is_used
-from vissl_like.data.images import ImageDataset
+from vissl_like.data.images import ImageDataset, Sample
 from vissl_like.data.loader import close_workers
 from vissl_like.errors import ConfigError
 from vissl_like.models.vision_model import VisionModel
@@ -130,7 +131,7 @@ def _extract_split(
         folder,
         options=config.EXTRACT_FEATURES,
         batch=options.BATCHSIZE_PER_REPLICA,
-        identity={**identity, "transforms": options.TRANSFORMS},
+        identity={**identity, "transforms": options.TRANSFORMS, **pixels_of(config, dataset)},
         loading=loading,
         overwrite=config.RUN.OVERWRITE,
         progress=bar,
@@ -141,6 +142,12 @@ def _extract_split(
             found.split, found.rows_done, found.dims, found.seconds, found.rows_done / found.seconds, folder / found.split,
         )  # fmt: skip
     return found
+
+
+def pixels_of(config: Config, dataset: ImageDataset) -> dict[str, Any]:
+    """Options, where they are in force, by which the same transforms give slightly other pixels."""
+    found = {"reduced_decode": config.DATA.REDUCED_DECODE, "on_device": bool(dataset.device_transform.augment)}
+    return {name: value for name, value in found.items() if value}
 
 
 def progress_bar(config: Config, title: str, *, unit: str = "batch") -> Callable[[int, int], None]:
@@ -252,13 +259,17 @@ def identity_of(config: Config, model: VisionModel) -> dict[str, Any]:
 
 def warn_random_views(dataset: ImageDataset) -> None:
     """Say so if the transforms of a split are random: features then belong to one random view of each image."""
-    first = dataset.sample(0, 0)[0]
-    if distributed.is_main() and any(not torch.equal(first, dataset.sample(epoch, 0)[0]) for epoch in range(1, 5)):
+    first = dataset.sample(0, 0)
+    if distributed.is_main() and any(not _is_same(first, dataset.sample(epoch, 0)) for epoch in range(1, 5)):
         log.warning(
             "config.DATA.%s.TRANSFORMS are random: features belong to one random view of each image. "
             "Resize and CenterCrop are usual here.",
             dataset.split,
         )
+
+
+def _is_same(one: Sample, other: Sample) -> bool:
+    return torch.equal(one.data, other.data) and np.array_equal(one.draws, other.draws)
 
 
 def _calibrate(

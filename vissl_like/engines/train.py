@@ -139,12 +139,13 @@ def make_model(config: Config, splits: Splits) -> VisionModel:
 
 def sample_input(dataset: ImageDataset) -> torch.Tensor:
     """One image as the model gets it, (1, C, H, W)."""
-    data = dataset[0]["data"]
+    sample = dataset[0]
     try:
-        return dataset.device_transform(data[None])
+        return dataset.device_transform(*(sample[name][None] for name in ("data", "draws") if name in sample))
     except RuntimeError as error:
+        channels = len(sample["data"])
         raise ConfigError(
-            f"config.DATA.{dataset.split}.TRANSFORMS: Normalize does not fit images of {len(data)} channels ({error})."
+            f"config.DATA.{dataset.split}.TRANSFORMS: Normalize does not fit images of {channels} channels ({error})."
         ) from error
 
 
