@@ -12,6 +12,16 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+_was_asked = False
+
+
+def end_unless_asked(number: int, frame: FrameType | None) -> None:
+    """Handler for a process that may be asked twice: die as usual, but not once a request is being answered."""
+    if not _was_asked:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
 class StopRequest:
     """Whether a signal has come, and which."""
 
@@ -38,6 +48,8 @@ def listen() -> Iterator[StopRequest]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        global _was_asked
+        _was_asked = True
         request.name = signal.Signals(number).name
         before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 

@@ -261,7 +261,7 @@ def _cause(error: Any, run_dir: Path, received: list[int]) -> Exception:
         if failure.exitcode < 0
     ]
     if received:
-        return Interrupted(received[0])
+        return _signal_cause(run_dir, received[0])
     for rank, number in killed:
         if number != signal.SIGTERM or not words:
             name = signal.Signals(number).name

@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])
+        if arguments[:1] == ["data"]:
+            from vissl_like.data.shrink import main as data
+
+            return data(arguments[1:])
         return _dispatch(_split(arguments))
     except (UserError, Stopped) as error:
         return show_error(error)

@@ -21,6 +21,7 @@ from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import PLAN_FILE
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
+from vissl_like.core.signals import SIGNALS, end_unless_asked
 from vissl_like.errors import Stopped, UserError
 from vissl_like.launch import logs
 
@@ -59,6 +60,8 @@ def run_rank(run_dir: str) -> dict[str, Any]:
     """
     folder = Path(run_dir)
     rank = int(os.environ.get("RANK", "0"))
+    for number in SIGNALS:  # one signal to all and one from the launcher are two: the second must not end the save
+        signal.signal(number, end_unless_asked)
     try:
         job = read_job(folder)
         logs.to_console(verbose=job.config.VERBOSE, rank=rank)
