@@ -17,7 +17,8 @@ import torch
 
 from vissl_like.analysis.meters import average_precision, percent
 from vissl_like.analysis.pca import fit_standardiser
-from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, each, normalise, num_cores, resident, spans
+from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, each, normalise, resident, spans
+from vissl_like.config.plan import usable_cores
 from vissl_like.core import rng
 from vissl_like.errors import DataError
 
@@ -64,7 +65,7 @@ def knn_ranking(
     start, stop = part or (0, len(queries))
     similarity, index = _neighbours(
         bank, queries, k=min(max(topk), len(bank)), start=start, stop=stop, device=device or torch.device("cpu"),
-        threads=threads or num_cores(),
+        threads=threads or usable_cores(),
     )  # fmt: skip
     classes = torch.from_numpy(bank_labels)[index]
     weights = ((similarity - similarity[:, :1]).double() / sigma).exp()
@@ -181,7 +182,7 @@ def linear_probe(
     fit_on, choose_on = (train, val) if val is not None or len(c_values) == 1 else _hold_out(train, seed=seed)
     x, y = fit_on.arrays()
     with _single_threaded_blas():
-        probes = list(each(lambda c: _fit(x, y, c=c, max_iter=max_iter), c_values, threads=threads or num_cores()))
+        probes = list(each(lambda c: _fit(x, y, c=c, max_iter=max_iter), c_values, threads=threads or usable_cores()))
         chosen = 0
         if choose_on is not None and len(c_values) > 1:
             hits = [_score(probe, choose_on).top1 for probe in probes]
@@ -214,7 +215,7 @@ def low_shot(
         return Score(score.top1, score.top5, score.total, c)
 
     with _single_threaded_blas():
-        return list(each(one, range(num_draws), threads=threads or num_cores()))
+        return list(each(one, range(num_draws), threads=threads or usable_cores()))
 
 
 def draw_per_class(labels: np.ndarray, samples: int, *, seed: int, draw: int) -> np.ndarray:
@@ -233,7 +234,7 @@ def draw_per_class(labels: np.ndarray, samples: int, *, seed: int, draw: int) ->
 def _standardise(
     train: Labelled, test: Labelled, val: Labelled | None, *, threads: int
 ) -> tuple[Labelled, Labelled, Labelled | None]:
-    scale = fit_standardiser(train.rows, threads=threads or num_cores())
+    scale = fit_standardiser(train.rows, threads=threads or usable_cores())
     scaled = [Labelled(MappedRows(part.rows, scale), part.labels) if part else None for part in (train, test, val)]
     assert scaled[0] is not None and scaled[1] is not None
     return scaled[0], scaled[1], scaled[2]

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vissl_like.analysis.rows import ArrayRows, Rows, SelectedRows, each, largest_magnitude, num_cores, share, spans
+from vissl_like.analysis.rows import ArrayRows, Rows, SelectedRows, each, largest_magnitude, share, spans
+from vissl_like.config.plan import usable_cores
 from vissl_like.core import rng
 from vissl_like.errors import ConfigError, DataError
 
@@ -115,7 +116,7 @@ def kmeans(
     """
     started = time.perf_counter()
     device = device or torch.device("cpu")
-    threads = threads or num_cores()
+    threads = threads or usable_cores()
     chosen = pick_backend(backend, device=device)
     if k > len(rows):
         raise DataError(
@@ -373,7 +374,7 @@ def assign(
         # Not from the score, which loses digits to cancellation for rows close to their centroid.
         distances[slice(*span)] = (x - table.centroids[nearest]).square().sum(1).cpu().numpy()
 
-    used = 1 if device.type == "cuda" else _threads_for(threads or num_cores(), k=len(centroids), block=size)
+    used = 1 if device.type == "cuda" else _threads_for(threads or usable_cores(), k=len(centroids), block=size)
     for _ in each(block, spans(stop - start, size), threads=used):
         pass
     return labels, distances

@@ -9,7 +9,6 @@ blocks are the same for everyone, each is computed by one thread, and several of
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,11 +129,6 @@ def spans(count: int, size: int) -> list[tuple[int, int]]:
 def share(count: int, *, rank: int, size: int) -> tuple[int, int]:
     """The contiguous part of `count` things that one of `size` processes takes."""
     return count * rank // size, count * (rank + 1) // size
-
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

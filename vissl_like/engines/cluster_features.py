@@ -17,7 +17,8 @@ from vissl_like.analysis.cluster_report import write_report_data
 from vissl_like.analysis.features import FeatureStore
 from vissl_like.analysis.kmeans import KMeansResult, Shard, assign, block_rows, kmeans, pick_backend
 from vissl_like.analysis.pca import fit_pca, fit_standardiser
-from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise, num_cores, share
+from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise, share
+from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.on_main import on_main
@@ -171,7 +172,7 @@ def _images_of(config: Config, stores: dict[str, FeatureStore], run_dir: Path) -
 # ----------------------------------------------------------------------------------------------------------- preparation
 def fit_steps(config: Config, store: FeatureStore) -> list[Step]:
     """What is done to each row before k-means, fitted on the clustered split: standardise, normalise, PCA."""
-    options, threads = config.CLUSTERFIT, config.MACHINE.NUM_THREADS or num_cores()
+    options, threads = config.CLUSTERFIT, config.MACHINE.NUM_THREADS or usable_cores()
     steps: list[Step] = []
     if options.FEATURES.STANDARDIZE:
         steps.append(fit_standardiser(store, threads=threads))
@@ -227,7 +228,7 @@ def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
         )
 
     if backend == "faiss":
-        return on_main(lambda: fit(config.MACHINE.NUM_THREADS or num_cores(), Shard()))
+        return on_main(lambda: fit(config.MACHINE.NUM_THREADS or usable_cores(), Shard()))
     return fit(loading_of(config).threads, Shard(world.rank, world.size, distributed.all_reduce_sum))
 
 

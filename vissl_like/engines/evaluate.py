@@ -22,7 +22,8 @@ from vissl_like.analysis.evaluators import (
     score_ranking,
 )
 from vissl_like.analysis.features import FeatureStore, read_manifest
-from vissl_like.analysis.rows import MappedRows, Rows, num_cores, share, unit
+from vissl_like.analysis.rows import MappedRows, Rows, share, unit
+from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.on_main import on_main
@@ -194,7 +195,7 @@ def measure_linear(config: Config, stores: Stores) -> dict[str, Any]:
             standardize=options.STANDARDIZE,
             max_iter=options.MAX_ITER,
             seed=config.SEED_VALUE,
-            threads=config.MACHINE.NUM_THREADS or num_cores(),
+            threads=config.MACHINE.NUM_THREADS or usable_cores(),
         )
 
     scores = on_main(lambda: {layer: probe(layer) for layer in layers})
@@ -219,7 +220,7 @@ def measure_low_shot(config: Config, stores: Stores) -> dict[str, Any]:
             c=options.C,
             seed=options.SEED,
             max_iter=config.LINEAR_PROBE.MAX_ITER,
-            threads=config.MACHINE.NUM_THREADS or num_cores(),
+            threads=config.MACHINE.NUM_THREADS or usable_cores(),
         )
 
     found = on_main(lambda: {(layer, n): draws(layer, n) for layer in layers for n in options.SAMPLES_PER_CLASS})

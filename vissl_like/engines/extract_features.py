@@ -15,7 +15,6 @@ from vissl_like.analysis import extraction
 from vissl_like.analysis.extraction import Extraction, Loading
 from vissl_like.analysis.feature_formats import check_formats, write_formats, write_per_image
 from vissl_like.analysis.features import FeatureStore
-from vissl_like.analysis.rows import num_cores
 from vissl_like.config.plan import make_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
@@ -207,7 +206,6 @@ def loading_of(config: Config) -> Loading:
         num_processes=world.size,
         device="gpu" if on_gpu else "cpu",
         num_train=None,
-        cores=num_cores(),
         engine_name="extract_features",
     )
     return Loading(

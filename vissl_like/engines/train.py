@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from vissl_like.analysis.meters import MeterGroup, build_meters
-from vissl_like.analysis.rows import num_cores
 from vissl_like.config.plan import Plan, make_plan, write_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_model import Meters
@@ -89,7 +88,6 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         num_processes=world.size,
         device="gpu" if world.device.type == "cuda" else "cpu",
         num_train=None if splits.train is None else len(splits.train),
-        cores=num_cores(),
     )
     if distributed.is_main():
         write_plan(plan, run_dir)  # again, now that the number of images is known
