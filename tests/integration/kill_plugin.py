@@ -1,11 +1,13 @@
 """A plugin for tests: the task `supervised_mortal` is `supervised`, but its process may die at a chosen step.
 
 KILL_AFTER=n kills -9 in the n-th step of this process, KILL_DELAY_S seconds later (so that it may strike while a
-checkpoint is being written). SIGNAL_AFTER=n has SIGTERM sent to the whole process group instead, as clusters do.
+checkpoint is being written). SIGNAL_AFTER=n has SIGTERM sent to the whole process group instead, as clusters do;
+with SIGNAL_DELAY_S it reaches the loader's processes that many seconds before this one.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,9 +32,19 @@ class Mortal(Supervised):
         if str(Mortal.steps) == os.environ.get("KILL_AFTER"):
             threading.Thread(target=die, args=[float(os.environ.get("KILL_DELAY_S", "0"))], daemon=True).start()
         if str(Mortal.steps) == os.environ.get("SIGNAL_AFTER"):
-            # By another process: PyTorch's loaders treat a signal from their parent otherwise.
-            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+            signal_to_all(float(os.environ.get("SIGNAL_DELAY_S", "0")))
         return super().forward(batch)
+
+
+def signal_to_all(delay_s: float) -> None:
+    """By another process: PyTorch's loaders treat a signal from their parent otherwise."""
+    if not delay_s:
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+        return
+    children = " ".join(str(child.pid) for child in multiprocessing.active_children())
+    commands = f"kill -TERM {children}; sleep {delay_s}; kill -TERM {os.getpid()}"
+    subprocess.Popen(["sh", "-c", commands], start_new_session=True)
+    time.sleep(delay_s / 2)  # long enough for the system to say that they have ended
 
 
 def die(delay_s: float) -> None:

@@ -6,6 +6,7 @@ thread, and as many batches at once as there are threads; this costs no speed. A
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -29,7 +30,7 @@ from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import row_batches
-from vissl_like.errors import Stopped
+from vissl_like.errors import DataError, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +130,12 @@ def extract(
         mine = pending[first:last]
         batches = loading.batches(dataset, [np.arange(*writer.blocks[block]) for block in mine])
         found = outputs(model, batches, trunk_features, to_input=dataset.device_transform, loading=loading)
-        with signals.listen() as stop:
+        with signals.listen() as stop, _stopped_by(stop, writer):
             for done, (block, (read, features)) in enumerate(zip(mine, found, strict=True), 1):
                 writer.write(block, features, valid=read["valid"].numpy())
                 progress(done, len(mine))
                 if stop.requested:
-                    writer.close()
-                    raise Stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
+                    break
         writer.close()
         rows_done = sum(stop - start for start, stop in (writer.blocks[block] for block in pending))
         dataset.write_bad_images()
@@ -143,6 +143,19 @@ def extract(
     seconds = time.perf_counter() - started if writer is not None else 0.0
     dims = {name: int(layer["dim"]) for name, layer in manifest["layers"].items()}
     return Extraction(dataset.split, len(dataset), rows_done, seconds, dims, len(manifest["bad_rows"]))
+
+
+@contextlib.contextmanager
+def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[None]:
+    """Raise Stopped at the end if a signal came, also if it has ended the loader's processes as well."""
+    try:
+        yield
+    except (RuntimeError, DataError):
+        if not signals.comes_soon(lambda: stop.requested):
+            raise
+    if stop.requested:
+        writer.close()
+        raise Stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
 
 
 def _finish(target: Path, *, is_new: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_like.analysis.rows import each
-from vissl_like.core import distributed, parallel, rng
+from vissl_like.core import distributed, parallel, rng, signals
 from vissl_like.errors import DataError
 
 Batch = dict[str, Any]
@@ -166,7 +166,7 @@ def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterato
                 return
             yield batch
     except (RuntimeError, DataError):
-        if not interrupted():
+        if not signals.comes_soon(interrupted):
             raise
 
 

@@ -176,7 +176,7 @@ class Training:
         try:
             micro_batches = [next(self.batches) for _ in range(self.options.accumulate)]
         except (RuntimeError, DataError):
-            if not self.stop.requested:
+            if not signals.comes_soon(lambda: self.stop.requested):
                 raise
             # A signal to the whole process group has ended the loader's processes; the ranks still have to agree on the
             # step after which they stop.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -33,12 +34,17 @@ class StopRequest:
         return bool(self.name)
 
 
+def comes_soon(asked: Callable[[], bool], *, within_s: float = 2.0) -> bool:
+    """Whether a request has come or does so now: a signal to the whole group may end the loader's processes first."""
+    deadline = time.monotonic() + within_s
+    while not asked() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return asked()
+
+
 @contextlib.contextmanager
 def listen() -> Iterator[StopRequest]:
     """Note the signals instead of dying from them; the former handlers are back afterwards.
-
-    A signal to the whole process group ends the loader's processes as well. PyTorch would raise an error for that in the
-    middle of whatever is going on, so from the request on the end of a child is no event.
 
     Python handles signals in the main thread only: elsewhere nothing is noted.
     """
@@ -51,7 +57,6 @@ def listen() -> Iterator[StopRequest]:
         global _was_asked
         _was_asked = True
         request.name = signal.Signals(number).name
-        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 
     before: dict[signal.Signals, Any] = {}
     for asked in SIGNALS:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -99,7 +101,6 @@ def row_batches(
 def worker_died(error: BaseException, *, while_reading: bool = False) -> DataError | None:
     """What an error that comes of the sudden end of a loader process means for the user; None for any other error.
 
-    PyTorch raises in whatever the main thread is doing when the process ends, so whoever shows errors should ask here.
     `while_reading`: the error came out of the loader itself, where a broken connection means the same.
     """
     text = str(error)
@@ -253,7 +254,7 @@ class _Pool:
         self._sampler.requests = requests
         self.is_busy = True
         try:
-            yield from self.loader
+            yield from _leaving_children_alone(self.loader)
         finally:
             self.is_busy = False
 
@@ -262,6 +263,20 @@ class _Pool:
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
+
+
+def _leaving_children_alone(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """A pass of the loader, without the handler that PyTorch then installs for the end of a child.
+
+    That handler raises in whatever the main thread is doing. Without it the end of a worker is an error of the pass that
+    waits for its batch, where a request to stop can be told from a crash.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    passing = iter(loader)
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return passing
 
 
 def _pool_of(dataset: ImageDataset, *, workers: int, method: str, pin_memory: bool) -> _Pool:
