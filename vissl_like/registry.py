@@ -43,6 +43,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "mnist5k": "vissl_like.data.datasets:Mnist5kSource",
         "digits": "vissl_like.data.datasets:DigitsSource",
         "synthetic": "vissl_like.data.synthetic:SyntheticSource",
+        "cub": "vissl_like.data.cub:CubSource",
+        "nabirds": "vissl_like.data.cub:CubSource",
+        "waterbirds": "vissl_like.data.cub:WaterbirdsSource",
     },
     "optimizer": {
         "sgd": "torch.optim:SGD",

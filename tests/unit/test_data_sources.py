@@ -24,7 +24,7 @@ from vissl_like.errors import ConfigError, DataError, UserError
 
 
 def request(split: str = "TRAIN", *, name: str = "", path: str = "", **options: object) -> SourceRequest:
-    return SourceRequest(split, 0, name, path, Split(**options))
+    return SourceRequest(split, 0, name, path, Split(**options), TrainSplit())
 
 
 # ------------------------------------------------------------------------------------------- one file

@@ -40,14 +40,28 @@ class Split(Section):
     DATA_LIMIT_SAMPLING: LimitSampling = group(LimitSampling, "How DATA_LIMIT chooses.")
     REMOVE_IMG_PATH_PREFIX: str = option("", "Prefix taken off the paths of a file list.")
     NEW_IMG_PATH_PREFIX: str = option("", "Prefix put before the paths of a file list.")
+    IMAGE_SUB_PATH: str = option("", "Annotated data sets: folder of the images. Empty: the data set's own.")
+    MASK_SUB_PATH: str = option("", "Annotated data sets: folder of the masks. Empty: the data set's own.")
+    SUBSET: Literal["", "worst_case", "best_case"] = option(
+        "", "waterbirds: birds where they do not (worst_case) or do belong (best_case); empty: all."
+    )
     NUM_SYNTHETIC: int = option(64, "Images that the synthetic source makes.", ge=1)
     SYNTHETIC_CLASSES: int = option(4, "Classes of the synthetic source.", ge=1)
     SYNTHETIC_SIZE: int = option(64, "Side of synthetic images in pixels.", ge=1)
 
 
+class TrainSplit(Section):
+    FRACTION: float = option(1.0, "Share of the training images that TRAIN takes; VAL takes the rest.", gt=0, le=1)
+    ORDER: Literal["stratified", "file"] = option(
+        "stratified", "stratified: the same share of every class; file: the first ones, as the original programs do."
+    )
+    SEED: int = option(0, "Seed of the stratified choice.", ge=0)
+
+
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
+    TRAIN_SPLIT: TrainSplit = group(TrainSplit, "How training images are parted into TRAIN and VAL (cub, nabirds).")
     AUGMENT_ON_DEVICE: Literal["auto", True, False] = option(
         "auto",
         "Colour, blur, solarisation at the end of TRANSFORMS run on whole batches on the device instead of in the loader "

@@ -20,7 +20,7 @@ from vissl_like.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vissl_like.config.schema_data import Split
+    from vissl_like.config.schema_data import Split, TrainSplit
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SourceRequest:
     name: str
     path: str
     options: Split
+    train_split: TrainSplit
     download: bool = False
 
     def key(self, option: str) -> str:

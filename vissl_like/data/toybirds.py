@@ -299,8 +299,8 @@ def write_waterbirds(
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(file, compress_level=1)
             rows.append([len(rows) + 1, name, y, split, place, f"/{GROUPS[place]}/{i:04d}.png"])
-    with (root / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with (root / "metadata.csv").open("w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
         writer.writerow(["img_id", "img_filename", "y", "split", "place", "place_filename"])
         writer.writerows(rows)
 

@@ -1,0 +1,300 @@
+"""Annotated bird images: the files of CUB-200-2011 (and NABirds), and Waterbirds, which lies inside such a folder.
+
+Image ids are words (NABirds) and class ids whole numbers with gaps; classes are numbered by their sorted ids over the
+whole data set, so that a number means the same in every split.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vissl_like.config.schema_data import TrainSplit
+from vissl_like.core import rng
+from vissl_like.data.decode import read_bytes, read_image
+from vissl_like.data.source import PathTable, SourceRequest, file_sizes
+from vissl_like.data.tables import Table, aligned, read_table
+from vissl_like.errors import ConfigError, DataError
+
+WATERBIRDS = "waterbird_complete95_forest2water2"
+_WATERBIRDS_SPLITS = {"TRAIN": 0, "VAL": 1, "TEST": 2}
+_METADATA = ("img_id", "img_filename", "y", "split", "place")
+
+
+class ImageFiles:
+    """Rows that are files below a root, with classes. What the sources of this family have in common."""
+
+    def __init__(
+        self, root: Path, paths: list[str], labels: np.ndarray, *, name: str, class_names: list[str] | None
+    ) -> None:
+        self.root, self.name, self.class_names = str(root), name, class_names
+        self.labels: np.ndarray | None = labels.astype(np.int64)
+        self._paths = PathTable(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def paths(self) -> np.ndarray:
+        return self._paths.array()
+
+    def path(self, row: int) -> str:
+        return self._paths[row]
+
+    def file(self, row: int) -> str:
+        return str(Path(self.root, self._paths[row]))
+
+    def load(self, row: int) -> Image.Image:
+        return read_image(self.file(row))
+
+    def read(self, row: int) -> bytes | None:
+        return read_bytes(self.file(row))
+
+    def stamps(self) -> np.ndarray:
+        return file_sizes(self.file(row) for row in range(len(self)))
+
+
+class CubFolder:
+    """The tables of one folder, read when they are needed. Rows are those of images.txt."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images = read_table(root / "images.txt", image_id="s", path="r")
+        self.ids = [str(value) for value in self.images["image_id"]]
+        self.paths = [str(value) for value in self.images["path"]]
+        classes = self._of_images("image_class_labels.txt", class_id="i")["class_id"]
+        self.class_ids, self.labels = np.unique(classes, return_inverse=True)
+        self.is_train = self._split()
+
+    def _of_images(self, name: str, **fields: str) -> dict[str, np.ndarray]:
+        """Columns of a table with one line per image, in the order of images.txt."""
+        table = read_table(self.root / name, image_id="s", **fields)
+        rows = aligned(table, "image_id", self.ids, of=self.images.file)
+        return {field: table[field][rows] for field in fields}
+
+    def _split(self) -> np.ndarray:
+        table = read_table(self.root / "train_test_split.txt", image_id="s", is_train="i")
+        for row in np.flatnonzero(~np.isin(table["is_train"], (0, 1))):
+            raise table.problem(int(row), f"is_train is {table['is_train'][row]}, not 1 (train) or 0 (test).")
+        rows = aligned(table, "image_id", self.ids, of=self.images.file)
+        return table["is_train"][rows] == 1
+
+    @functools.cached_property
+    def class_names(self) -> list[str]:
+        """From classes.txt where there is one, else the ids as text."""
+        file = self.root / "classes.txt"
+        if not file.exists():
+            return [str(number) for number in self.class_ids.tolist()]
+        table = read_table(file, class_id="i", name="r")
+        names = dict(zip(table["class_id"].tolist(), table["name"].tolist()))
+        missing = [number for number in self.class_ids.tolist() if number not in names]
+        if missing:
+            raise DataError(f"{file}: has no line for class_id {missing[0]}, which image_class_labels.txt uses.")
+        return [str(names[number]) for number in self.class_ids.tolist()]
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """float64 (N, 4): x, y, width, height in pixels of the original image."""
+        columns = self._of_images("bounding_boxes.txt", x="f", y="f", width="f", height="f")
+        return np.stack(list(columns.values()), axis=1)
+
+    @functools.cached_property
+    def keypoint_names(self) -> list[str]:
+        return [str(name) for name in read_table(self.root / "parts" / "parts.txt", part_id="i", name="r")["name"]]
+
+    @functools.cached_property
+    def keypoints(self) -> np.ndarray:
+        """float64 (N, P, 3): x, y in pixels of the original image, and 1 where visible (else 0 0 0)."""
+        ids = read_table(self.root / "parts" / "parts.txt", part_id="i", name="r")["part_id"].tolist()
+        table = read_table(self.root / "parts" / "part_locs.txt", image_id="s", part_id="i", x="f", y="f", visible="i")
+        number_of_part = {part: number for number, part in enumerate(ids)}
+        number_of_image = {image: number for number, image in enumerate(self.ids)}
+        points = np.zeros((len(self.ids), len(ids), 3))
+        seen = np.zeros(points.shape[:2], dtype=bool)
+        for row, (image, part) in enumerate(zip(table["image_id"].tolist(), table["part_id"].tolist())):
+            place = _place(table, row, number_of_image.get(image), number_of_part.get(part))
+            if seen[place]:
+                raise table.problem(row, f"part {part} of image {image} stands there a second time.")
+            seen[place] = True
+            if table["visible"][row]:
+                points[place] = table["x"][row], table["y"][row], 1
+        if not seen.all():
+            image, part = np.argwhere(~seen)[0]
+            raise DataError(f"{table.file}: has no line for part {ids[part]} of image {self.ids[image]}.")
+        return points
+
+    def rows(self, split: str, options: TrainSplit) -> np.ndarray:
+        """Rows of TRAIN, VAL or TEST in the order of images.txt. VAL is what FRACTION leaves of the training images."""
+        if split == "TEST":
+            return np.flatnonzero(~self.is_train)
+        train = np.flatnonzero(self.is_train)
+        kept = kept_rows(self.labels[train], options)
+        return train[kept if split == "TRAIN" else np.setdiff1d(np.arange(len(train)), kept)]
+
+
+def _place(table: Table, row: int, image: int | None, part: int | None) -> tuple[int, int]:
+    if image is None:
+        raise table.problem(row, f"image_id {table['image_id'][row]} is not in images.txt.")
+    if part is None:
+        raise table.problem(row, f"part_id {table['part_id'][row]} is not in parts.txt.")
+    return image, part
+
+
+def kept_rows(labels: np.ndarray, options: TrainSplit) -> np.ndarray:
+    """Ascending rows of the FRACTION that is trained on: of every class its share, or simply the first in the file."""
+    count = int(options.FRACTION * len(labels))
+    if options.ORDER == "file":
+        return np.arange(count)
+    random = np.random.RandomState(rng.mix(options.SEED, 17) % 2**32)
+    order = np.concatenate([random.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)])
+    counts = np.bincount(labels)
+    within = np.concatenate([(np.arange(number) + 0.5) / number for number in counts if number])
+    return np.sort(order[np.argsort(within, kind="stable")][:count])
+
+
+class CubSource(ImageFiles):
+    """One split of a CUB folder, with keypoints, boxes and, where they lie beside the images, masks."""
+
+    def __init__(
+        self, folder: CubFolder, rows: np.ndarray, *, name: str, image_folder: str = "images", mask_folder: str = ""
+    ) -> None:
+        self.folder, self.rows = folder, rows
+        self._mask_folder = mask_folder or "segmentations"
+        paths = [f"{image_folder}/{folder.paths[row]}" for row in rows]
+        self._refuse_missing(folder, rows, paths)
+        super().__init__(folder.root, paths, folder.labels[rows], name=name, class_names=folder.class_names)
+
+    @staticmethod
+    def _refuse_missing(folder: CubFolder, rows: np.ndarray, paths: list[str]) -> None:
+        missing = [(row, path) for row, path in zip(rows, paths) if not (folder.root / path).is_file()]
+        if missing:
+            row, path = missing[0]
+            more = f", nor are {len(missing) - 1} more" * (len(missing) > 1)
+            raise folder.images.problem(int(row), f"{folder.root / path} is not there{more}.")
+
+    @classmethod
+    def build(cls, request: SourceRequest) -> CubSource:
+        root = required_folder(request)
+        folder = CubFolder(root)
+        rows = folder.rows(request.split, request.train_split)
+        if not len(rows):
+            raise ConfigError(
+                f"config.DATA.TRAIN_SPLIT.FRACTION={request.train_split.FRACTION}: leaves no image for "
+                f"{request.split}. Set it below 1 for a VAL split, and above 0."
+            )
+        return cls(
+            folder,
+            rows,
+            name=request.name or "cub",
+            image_folder=request.options.IMAGE_SUB_PATH or "images",
+            mask_folder=request.options.MASK_SUB_PATH,
+        )
+
+    @property
+    def keypoint_names(self) -> list[str]:
+        return self.folder.keypoint_names
+
+    def keypoints(self, row: int) -> np.ndarray:
+        """float64 (P, 3), a copy: x, y in pixels of the original image, and 1 where visible."""
+        return self.folder.keypoints[self.rows[row]].copy()
+
+    def box(self, row: int) -> np.ndarray:
+        """float64 (4,), a copy: x, y, width, height in pixels of the original image."""
+        return self.folder.boxes[self.rows[row]].copy()
+
+    def mask_file(self, row: int) -> str:
+        """Grey image, above 0 where the bird is."""
+        path = Path(self.folder.root, self._mask_folder, self.folder.paths[self.rows[row]])
+        return str(path.with_suffix(".png"))
+
+
+class WaterbirdsSource(ImageFiles):
+    """One split of Waterbirds: birds (y: 0 land, 1 water) on backgrounds (place: 0 land, 1 water).
+
+    `groups` int64 (N,): 2 y + place, named by `group_names`.
+    """
+
+    group_names = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        split: str,
+        subset: str = "",
+        image_folder: str = WATERBIRDS,
+        mask_folder: str = "",
+        name: str = "waterbirds",
+    ) -> None:
+        """`subset`: worst_case (y differs from place), best_case (they agree) or "" for all."""
+        y, place, of_split, files = _metadata(root / image_folder / "metadata.csv")
+        kept = of_split == _WATERBIRDS_SPLITS[split]
+        if subset:
+            kept &= (y == place) == (subset == "best_case")
+        rows = np.flatnonzero(kept)
+        self.groups = (2 * y + place)[rows]
+        self._mask_folder = mask_folder or "segmentations"
+        self._names = [files[row] for row in rows]
+        paths = [f"{image_folder}/{path}" for path in self._names]
+        super().__init__(root, paths, y[rows], name=name, class_names=["landbird", "waterbird"])
+
+    @classmethod
+    def build(cls, request: SourceRequest) -> WaterbirdsSource:
+        return cls(
+            required_folder(request),
+            split=request.split,
+            subset=request.options.SUBSET,
+            image_folder=request.options.IMAGE_SUB_PATH or WATERBIRDS,
+            mask_folder=request.options.MASK_SUB_PATH,
+            name=request.name or "waterbirds",
+        )
+
+    def mask_file(self, row: int) -> str:
+        """Grey image, above 0 where the bird is; those of CUB fit, since the birds are CUB's at the same place."""
+        return str(Path(self.root, self._mask_folder, self._names[row]).with_suffix(".png"))
+
+
+def _metadata(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """y, place and split, int64 (N,), and the file names of metadata.csv. Raises DataError with the line."""
+    try:
+        with file.open(newline="", encoding="utf-8") as handle:
+            reader = csv.DictReader(handle)
+            absent = [name for name in _METADATA if name not in (reader.fieldnames or [])]
+            if absent:
+                raise DataError(f"{file}, line 1: no column {absent[0]!r}; expected {', '.join(_METADATA)}.")
+            records = list(reader)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). Waterbirds needs it.") from error
+    columns = {
+        "y": _column(records, "y", allowed=(0, 1), file=file),
+        "place": _column(records, "place", allowed=(0, 1), file=file),
+        "split": _column(records, "split", allowed=(0, 1, 2), file=file),
+    }
+    files = [record["img_filename"] for record in records]
+    for number, name in enumerate(files, 2):
+        if not (file.parent / name).is_file():
+            raise DataError(f"{file}, line {number}: {file.parent / name} is not there.")
+    return columns["y"], columns["place"], columns["split"], files
+
+
+def _column(records: list[dict[str, str]], name: str, *, allowed: tuple[int, ...], file: Path) -> np.ndarray:
+    known = {str(value): value for value in allowed}
+    for number, record in enumerate(records, 2):
+        if record[name] not in known:
+            raise DataError(f"{file}, line {number}: {name} is {record[name]!r}, not one of {', '.join(known)}.")
+    return np.array([known[record[name]] for record in records], dtype=np.int64)
+
+
+def required_folder(request: SourceRequest) -> Path:
+    """The folder of DATA_PATHS, which must be there."""
+    key = f"{request.key('DATA_PATHS')}[{request.position}]"
+    if not request.path:
+        raise ConfigError(f"{key} is not given: set it to the folder of the data set.")
+    folder = Path(request.path).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"{key}={request.path!r}: no such folder.")
+    return folder
