@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vissl_like.config.schema_data import Data, Split
+from vissl_like.config.schema_data import Data, Split, TrainSplit
 from vissl_like.data.dataset import build_dataset
 from vissl_like.data.datasets import DIGITS_SPLITS, MNIST5K_SPLITS, DigitsSource, Mnist5kSource, stratified_split
 from vissl_like.data.decode import Unreadable, read_image
