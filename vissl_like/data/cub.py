@@ -11,51 +11,17 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vissl_like.config.schema_data import TrainSplit
 from vissl_like.core import rng
-from vissl_like.data.decode import read_bytes, read_image
-from vissl_like.data.source import PathTable, SourceRequest, file_sizes
+from vissl_like.data.annotated import ImageFiles, required_folder
+from vissl_like.data.source import SourceRequest
 from vissl_like.data.tables import Table, aligned, read_table
 from vissl_like.errors import ConfigError, DataError
 
 WATERBIRDS = "waterbird_complete95_forest2water2"
 _WATERBIRDS_SPLITS = {"TRAIN": 0, "VAL": 1, "TEST": 2}
 _METADATA = ("img_id", "img_filename", "y", "split", "place")
-
-
-class ImageFiles:
-    """Rows that are files below a root, with classes. What the sources of this family have in common."""
-
-    def __init__(
-        self, root: Path, paths: list[str], labels: np.ndarray, *, name: str, class_names: list[str] | None
-    ) -> None:
-        self.root, self.name, self.class_names = str(root), name, class_names
-        self.labels: np.ndarray | None = labels.astype(np.int64)
-        self._paths = PathTable(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    @property
-    def paths(self) -> np.ndarray:
-        return self._paths.array()
-
-    def path(self, row: int) -> str:
-        return self._paths[row]
-
-    def file(self, row: int) -> str:
-        return str(Path(self.root, self._paths[row]))
-
-    def load(self, row: int) -> Image.Image:
-        return read_image(self.file(row))
-
-    def read(self, row: int) -> bytes | None:
-        return read_bytes(self.file(row))
-
-    def stamps(self) -> np.ndarray:
-        return file_sizes(self.file(row) for row in range(len(self)))
 
 
 class CubFolder:
@@ -287,14 +253,3 @@ def _column(records: list[dict[str, str]], name: str, *, allowed: tuple[int, ...
         if record[name] not in known:
             raise DataError(f"{file}, line {number}: {name} is {record[name]!r}, not one of {', '.join(known)}.")
     return np.array([known[record[name]] for record in records], dtype=np.int64)
-
-
-def required_folder(request: SourceRequest) -> Path:
-    """The folder of DATA_PATHS, which must be there."""
-    key = f"{request.key('DATA_PATHS')}[{request.position}]"
-    if not request.path:
-        raise ConfigError(f"{key} is not given: set it to the folder of the data set.")
-    folder = Path(request.path).expanduser().absolute()
-    if not folder.is_dir():
-        raise DataError(f"{key}={request.path!r}: no such folder.")
-    return folder

@@ -1,0 +1,96 @@
+"""What annotated data sets have in common: rows that are files below a root, and what may be known of each row.
+
+A source may have, beside what every source has:
+    keypoint_names, keypoints(row) -> float64 (P, 3): x, y in pixels of the original image, and 1 where visible
+    box(row) -> float64 (4,): x, y, width, height in pixels of the original image
+    mask_file(row) -> grey image above 0 on the object, or mask(row) -> bool (H, W)
+    part_masks(row) -> bool (G, H, W)
+    groups int64 (N,), group_names: who is compared by the accuracy of the worst group
+Everything returned is a copy: moving it into another frame changes nothing here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vissl_like.data.decode import Unreadable, read_bytes, read_image
+from vissl_like.data.source import PathTable, SourceRequest, SubsetSource, file_sizes
+from vissl_like.errors import ConfigError, DataError
+
+
+class ImageFiles:
+    """Rows that are files below a root, with classes. What the sources of this family have in common."""
+
+    def __init__(
+        self, root: Path, paths: list[str], labels: np.ndarray, *, name: str, class_names: list[str] | None
+    ) -> None:
+        self.root, self.name, self.class_names = str(root), name, class_names
+        self.labels: np.ndarray | None = labels.astype(np.int64)
+        self._paths = PathTable(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def paths(self) -> np.ndarray:
+        return self._paths.array()
+
+    def path(self, row: int) -> str:
+        return self._paths[row]
+
+    def file(self, row: int) -> str:
+        return str(Path(self.root, self._paths[row]))
+
+    def load(self, row: int) -> Image.Image:
+        return read_image(self.file(row))
+
+    def read(self, row: int) -> bytes | None:
+        return read_bytes(self.file(row))
+
+    def stamps(self) -> np.ndarray:
+        return file_sizes(self.file(row) for row in range(len(self)))
+
+
+def annotation(source: Any, name: str, row: int) -> Any:
+    """What a source knows of a row (keypoints, box, mask, part_masks); raises DataError if it knows no such thing.
+
+    `source` may be a subset. A mask is read from its file where there is one.
+    """
+    while isinstance(source, SubsetSource):
+        source, row = source.whole, int(source.rows[row])
+    if name == "mask" and not hasattr(source, "mask") and hasattr(source, "mask_file"):
+        return read_mask(source.mask_file(row))
+    if not hasattr(source, name):
+        raise DataError(f"{source.name}: these images have no {name}. Use a data set that has them (`cub`, ...).")
+    return getattr(source, name)(row)
+
+
+def groups_of(source: Any) -> tuple[np.ndarray, tuple[str, ...]] | None:
+    """(groups int64 (N,), their names), or None where the source has no groups."""
+    if isinstance(source, SubsetSource):
+        found = groups_of(source.whole)
+        return None if found is None else (found[0][source.rows], found[1])
+    return (source.groups, tuple(source.group_names)) if hasattr(source, "groups") else None
+
+
+def read_mask(file: str) -> np.ndarray:
+    """bool (H, W): where a grey image is above 0. Raises DataError."""
+    try:
+        return np.asarray(read_image(file).convert("L")) > 0
+    except Unreadable as reason:
+        raise DataError(f"{file}: this mask cannot be read ({reason}).") from reason
+
+
+def required_folder(request: SourceRequest) -> Path:
+    """The folder of DATA_PATHS, which must be there."""
+    key = f"{request.key('DATA_PATHS')}[{request.position}]"
+    if not request.path:
+        raise ConfigError(f"{key} is not given: set it to the folder of the data set.")
+    folder = Path(request.path).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"{key}={request.path!r}: no such folder.")
+    return folder
