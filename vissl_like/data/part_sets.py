@@ -74,7 +74,7 @@ class PartImageNetSource(ImageFiles):
 
     def mask(self, row: int) -> np.ndarray:
         """bool (H, W), the union of the parts."""
-        return self.part_masks(row).any(axis=0)
+        return np.logical_or.reduce(self.part_masks(row))
 
 
 def _coco(file: Path) -> dict[str, Any]:

@@ -139,6 +139,36 @@ class ImgPilRandomSolarize:
         return ImageOps.solarize(image) if self.draw() else image
 
 
+class ImgPilPlanckianJitter:
+    """With probability p the light of a random black body, arXiv:2202.07993: red by R/G and blue by B/G, clipped.
+
+    The 25 bodies are of 3000 K to 15000 K, in steps of 500 K.
+    """
+
+    _RGB = np.array(
+        [
+            [0.6743, 0.4029, 0.0013], [0.6281, 0.4241, 0.1665], [0.5919, 0.4372, 0.2513], [0.5623, 0.4457, 0.3154],
+            [0.5376, 0.4515, 0.3672], [0.5163, 0.4555, 0.4103], [0.4979, 0.4584, 0.4468], [0.4816, 0.4604, 0.4782],
+            [0.4672, 0.4619, 0.5053], [0.4542, 0.4630, 0.5289], [0.4426, 0.4638, 0.5497], [0.4320, 0.4644, 0.5681],
+            [0.4223, 0.4648, 0.5844], [0.4135, 0.4651, 0.5990], [0.4054, 0.4653, 0.6121], [0.3980, 0.4654, 0.6239],
+            [0.3911, 0.4655, 0.6346], [0.3847, 0.4656, 0.6444], [0.3787, 0.4656, 0.6532], [0.3732, 0.4656, 0.6613],
+            [0.3680, 0.4655, 0.6688], [0.3632, 0.4655, 0.6756], [0.3586, 0.4655, 0.6820], [0.3544, 0.4654, 0.6878],
+            [0.3503, 0.4653, 0.6933],
+        ]
+    )  # fmt: skip
+
+    def __init__(self, p: float = 0.8) -> None:
+        self._p = _probability(p, "p")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if torch.rand(1).item() >= self._p:
+            return image
+        red, green, blue = self._RGB[int(torch.randint(len(self._RGB), [1]))]
+        factors = (red / green, 1.0, blue / green)
+        table = [min(255, round(level * factor)) for factor in factors for level in range(256)]
+        return image.convert("RGB").point(table)
+
+
 class ImgPilResizeLargerSide:
     """Resize so that the larger side has `size` pixels; the aspect ratio stays. Bilinear, antialiased."""
 
@@ -221,6 +251,29 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
+def timm_train(
+    size: int,
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    color_jitter: float = 0.4,
+    auto_augment: str = "rand-m6-mstd0.5",
+    interpolation: str = "bicubic",
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> Any:
+    """timm's training policy up to the tensor: random resized crop, flips, and AutoAugment/RandAugment or jitter."""
+    from timm.data.transforms_factory import transforms_imagenet_train
+    from torchvision.transforms import Compose
+
+    geometry, colour, _ = transforms_imagenet_train(
+        img_size=size, scale=tuple(scale), ratio=tuple(ratio), hflip=hflip, vflip=vflip, color_jitter=color_jitter,
+        auto_augment=auto_augment or None, interpolation=interpolation, separate=True,
+    )  # fmt: skip
+    for step in colour.transforms:
+        _mend_posterize(getattr(step, "ops", []))
+    return Compose([*geometry.transforms, *colour.transforms])
+
+
 def interpolation_mode(value: Any) -> Any:
     """torchvision's InterpolationMode for its name in any case; Pillow's numbers pass through."""
     from torchvision.transforms import InterpolationMode
@@ -239,6 +292,7 @@ OWN_TRANSFORMS: dict[str, Any] = {
     "ImgPil2LabTensor": ImgPil2LabTensor,
     "ImgPilColorDistortion": ImgPilColorDistortion,
     "ImgPilGaussianBlur": ImgPilGaussianBlur,
+    "ImgPilPlanckianJitter": ImgPilPlanckianJitter,
     "ImgPilRandomColorJitter": ImgPilRandomColorJitter,
     "ImgPilRandomSolarize": ImgPilRandomSolarize,
     "ImgPilResizeLargerSide": ImgPilResizeLargerSide,
@@ -247,6 +301,7 @@ OWN_TRANSFORMS: dict[str, Any] = {
     "ImgToTensor": ToTensor,
     "MNISTImgPil2RGB": MNISTImgPil2RGB,
     "RandAugment": rand_augment,
+    "TimmTrain": timm_train,
     "ToTensor": ToTensor,
     "VisslAutoAugment": vissl_auto_augment,
 }

@@ -49,11 +49,13 @@ _NOT_OFFERED = {
 _PIL_TO_PIL = (
     "ImgPilColorDistortion",
     "ImgPilGaussianBlur",
+    "ImgPilPlanckianJitter",
     "ImgPilRandomColorJitter",
     "ImgPilRandomSolarize",
     "ImgPilResizeLargerSide",
     "ImgRotatePil",
     "MNISTImgPil2RGB",
+    "TimmTrain",
     "VisslAutoAugment",
 )
 _FROM_PIL = {
