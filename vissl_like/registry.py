@@ -46,6 +46,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "cub": "vissl_like.data.cub:CubSource",
         "nabirds": "vissl_like.data.cub:CubSource",
         "waterbirds": "vissl_like.data.cub:WaterbirdsSource",
+        "toybirds": "vissl_like.data.toybirds:ToybirdsSource",
+        "toy_waterbirds": "vissl_like.data.toybirds:ToyWaterbirdsSource",
         "meta_shift": "vissl_like.data.folders:MetaShiftSource",
         "siim_acr": "vissl_like.data.medical:SiimAcrSource",
         "imagenet_v2": "vissl_like.data.folders:ImageNetV2Source",

@@ -7,17 +7,26 @@ images.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vissl_like.core import rng
+from vissl_like.core.on_main import on_main
+from vissl_like.data.cub import WATERBIRDS, CubSource, WaterbirdsSource
+from vissl_like.data.source import SourceRequest
+from vissl_like.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 #: CUB's keypoints, in CUB's order (ids 1..15).
 KEYPOINTS = (
@@ -27,7 +36,8 @@ KEYPOINTS = (
 #: Ids in part_segmentations; 0 is the background.
 PARTS = ("background", "head", "body", "wing", "tail", "legs")
 SIZE = 72
-WATERBIRDS = "waterbird_complete95_forest2water2"
+#: Written last into a folder of toy birds; holds the version of the drawing.
+DONE, VERSION = "toybirds.txt", 1
 GROUPS = ("land", "water")
 
 _FINE = 3  # everything is drawn this much larger and then averaged
@@ -116,11 +126,13 @@ class _Pen:
         self._wing(shoulder, wing_turn, markings["wing"])
 
     def _legs(self) -> None:
-        for name, x in (("left leg", -0.05), ("right leg", 0.05)):
+        side = "left" if self.mirrored else "right"
+        for name, x in (("", -0.05), (f"{side} leg", 0.05)):  # the far leg is drawn, but not annotated
             step = self.chance.uniform(-0.03, 0.03)
             points = np.array([[x, 0.1], [x + step, 0.25], [x + step + 0.045, 0.26]])
             self._line(points, width=0.022, colour=self._jitter(_LEGS), part="legs")
-            self._keypoint(name, points[1])
+            if name:
+                self._keypoint(name, points[1])
 
     def _tail(self, rump: Points, turn: float, marking: int) -> None:
         wedge = np.array([[0.05, -0.05], [-0.2, -0.085], [-0.23, 0.0], [-0.2, 0.085], [0.05, 0.05]])
@@ -305,10 +317,48 @@ def write_waterbirds(
         writer.writerows(rows)
 
 
+# -------------------------------------------------------------------------------------------------------------- source
+class ToybirdsSource:
+    """CUB's source on a folder that is drawn when it is not there yet; DATA_PATHS is where it goes (30 MB)."""
+
+    @classmethod
+    def build(cls, request: SourceRequest) -> CubSource:
+        folder = _drawn(request, lambda target: write_cub(target))
+        return CubSource.build(replace(request, path=str(folder), name=request.name or "toybirds"))
+
+
+class ToyWaterbirdsSource:
+    """Waterbirds' source on a folder that is drawn when it is not there yet; DATA_PATHS is where it goes (30 MB)."""
+
+    @classmethod
+    def build(cls, request: SourceRequest) -> WaterbirdsSource:
+        folder = _drawn(request, lambda target: write_waterbirds(target))
+        return WaterbirdsSource.build(replace(request, path=str(folder), name=request.name or "toy_waterbirds"))
+
+
+def _drawn(request: SourceRequest, write: Callable[[Path], None]) -> Path:
+    if not request.path:
+        raise ConfigError(f"{request.key('DATA_PATHS')}: say where the drawn images are to be kept.")
+    folder = Path(request.path).expanduser().absolute()
+    on_main(lambda: make_folder(folder, write))
+    if not (folder / DONE).exists():
+        raise DataError(f"{request.key('DATA_PATHS')}={request.path!r}: holds something else; name a new folder.")
+    return folder
+
+
 def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `folder`, then give it its name: a half-written one is never found."""
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(beside)
-    beside.rename(folder)
+    if folder.exists():
+        return
+    log.info("drawing toy birds into %s", folder)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        write(beside)
+        (beside / DONE).write_text(f"{VERSION}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process was faster: its folder has the same files
+            beside.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the toy birds cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

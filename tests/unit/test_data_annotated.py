@@ -1,0 +1,338 @@
+"""Annotated data sets: what is read, and what a damaged file says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vissl_like.config.schema_data import Data, Split, TrainSplit
+from vissl_like.data import toybirds
+from vissl_like.data.annotated import annotation, groups_of
+from vissl_like.data.cub import CubFolder, CubSource, WaterbirdsSource
+from vissl_like.data.dataset import build_dataset
+from vissl_like.data.folders import ImageNetSubsetSource, ImageNetV2Source, MetaShiftSource, imagenet_synsets
+from vissl_like.data.medical import SiimAcrSource, decode_mask, prepare, read_tubes
+from vissl_like.data.part_sets import FlowersSource, PartImageNetSource, TurtleReidSource
+from vissl_like.data.source import SourceRequest, SubsetSource
+from vissl_like.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toybirds") / "birds"
+    toybirds.make_folder(folder, lambda target: toybirds.write_cub(target, train=24, test=8))
+    return folder
+
+
+@pytest.fixture
+def cub(drawn: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(drawn, tmp_path / "cub"))
+
+
+def request(path: Path, split: str = "TRAIN", **options: Any) -> SourceRequest:
+    return SourceRequest(split, 0, "", str(path), Split(**options), TrainSplit())
+
+
+# ----------------------------------------------------------------------------------------------------------- toy birds
+def test_toy_birds_are_drawn_alike_every_time(drawn: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    toybirds.write_cub(again, train=24, test=8)
+    names = sorted(str(file.relative_to(again)) for file in again.rglob("*.*") if file.is_file())
+    assert len(names) == 7 + 3 * 32
+    assert all((again / name).read_bytes() == (drawn / name).read_bytes() for name in names)
+
+
+def test_toy_birds_are_a_cub_folder(drawn: Path) -> None:
+    folder = CubFolder(drawn)
+    assert len(folder.class_names) == 8 and folder.keypoint_names == list(toybirds.KEYPOINTS)
+    images = CubSource(folder, folder.rows("TRAIN", TrainSplit()), name="toybirds")
+    assert images.labels is not None and np.bincount(images.labels).tolist() == [3] * 8
+    for row in range(len(images)):
+        mask = annotation(images, "mask", row)
+        x, y, width, height = images.box(row)
+        rows, columns = np.nonzero(mask)
+        assert (x, x + width) == (columns.min(), columns.max() + 1) and (y, y + height) == (rows.min(), rows.max() + 1)
+        points = images.keypoints(row)
+        assert 10 <= points[:, 2].sum() <= 12  # three are on the other side
+        inside = mask[points[:, 1].astype(int).clip(0, 71), points[:, 0].astype(int).clip(0, 71)]
+        assert inside[points[:, 2] > 0].mean() > 0.8
+
+
+def test_backgrounds_agree_with_the_class_as_often_as_asked(tmp_path: Path) -> None:
+    toybirds.write_waterbirds(tmp_path, counts=(50, 8, 8))
+    train, test = (WaterbirdsSource(tmp_path, split=split) for split in ("TRAIN", "TEST"))
+    assert np.bincount(train.groups, minlength=4).tolist() == [24, 1, 1, 24]  # 0.98 of 25, rounded
+    assert np.bincount(test.groups, minlength=4).tolist() == [2, 2, 2, 2]
+    found = groups_of(SubsetSource(test, np.array([0, 1])))
+    assert found is not None and found[0].tolist() == test.groups[:2].tolist()
+    assert annotation(test, "mask", 0).any()
+
+
+def test_toybirds_are_drawn_where_they_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toybirds.write_cub, "__kwdefaults__", {"seed": 0, "train": 16, "test": 8, "size": 24})
+    data = Data(
+        TRAIN=Split(DATA_SOURCES=["toybirds"], DATA_PATHS=[str(tmp_path / "birds")]),
+        TEST=Split(DATA_SOURCES=["toybirds"], DATA_PATHS=[str(tmp_path / "birds")]),
+    )
+    assert len(build_dataset(data, "TRAIN", seed=0)) == 16 and len(build_dataset(data, "TEST", seed=0)) == 8
+    (tmp_path / "birds" / toybirds.DONE).unlink()
+    with pytest.raises(DataError, match="holds something else"):
+        build_dataset(data, "TRAIN", seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------- damaged files
+def change(file: Path, line: int, text: str | None) -> None:
+    lines = file.read_text().splitlines()
+    lines[line - 1 : line] = [] if text is None else [text]
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text", "message"),
+    [
+        ("image_class_labels.txt", 3, "3 one", r"image_class_labels.txt, line 3: class_id is 'one', .* whole number"),
+        ("image_class_labels.txt", 3, None, r"image_class_labels.txt: has no line for image_id 3, .*images.txt lists"),
+        ("image_class_labels.txt", 3, "99 1", r"has no line for image_id 3"),
+        ("image_class_labels.txt", 3, "2 1", r"line 3: image_id 2 stands there a second time; the first is in line 2"),
+        ("train_test_split.txt", 5, "5 2", r"train_test_split.txt, line 5: is_train is 2, not 1 \(train\) or 0"),
+        ("train_test_split.txt", 5, "5", r"line 5: '5' has 1 fields; expected <image_id> <is_train>"),
+        ("images.txt", 4, "4 001.Gone/a.png", r"images.txt, line 4: .*001.Gone/a.png is not there"),
+        ("bounding_boxes.txt", 2, "2 1.0 nan 3 4", r"bounding_boxes.txt, line 2: y is 'nan', which is not a number"),
+        ("parts/part_locs.txt", 7, None, r"part_locs.txt: has no line for part 7 of image 1"),
+        ("parts/part_locs.txt", 7, "1 77 3 3 1", r"part_locs.txt, line 7: part_id 77 is not in parts.txt"),
+        ("parts/part_locs.txt", 7, "77 7 3 3 1", r"part_locs.txt, line 7: image_id 77 is not in images.txt"),
+        ("parts/part_locs.txt", 7, "1 6 3 3 1", r"part_locs.txt, line 7: part 6 of image 1 stands there a second"),
+        ("classes.txt", 2, None, r"classes.txt: has no line for class_id 2"),
+    ],
+)
+def test_a_damaged_file_names_its_line(cub: Path, name: str, line: int, text: str | None, message: str) -> None:
+    change(cub / name, line, text)
+    with pytest.raises(DataError, match=message):
+        folder = CubFolder(cub)
+        source = CubSource(folder, np.arange(len(folder.paths)), name="cub")
+        source.box(0), source.keypoints(0)
+
+
+@pytest.mark.parametrize("name", ["images.txt", "train_test_split.txt"])
+def test_a_missing_or_empty_file(cub: Path, name: str) -> None:
+    (cub / name).write_text("\n")
+    with pytest.raises(DataError, match=f"{name}: is empty"):
+        CubFolder(cub)
+    (cub / name).unlink()
+    with pytest.raises(DataError, match=f"{name}: cannot be read .*No such file"):
+        CubFolder(cub)
+
+
+def test_an_empty_val_split_says_how_to_get_one(cub: Path) -> None:
+    with pytest.raises(ConfigError, match=r"TRAIN_SPLIT.FRACTION=1.0: leaves no image for VAL"):
+        CubSource.build(request(cub, "VAL"))
+    with pytest.raises(DataError, match="no such folder"):
+        CubSource.build(request(cub / "nowhere"))
+
+
+def test_nabirds_ids_are_words_and_class_numbers_have_gaps(cub: Path) -> None:
+    for file in cub.glob("*.txt"):
+        if file.name in ("classes.txt", toybirds.DONE):
+            continue
+        lines = [line.split() for line in file.read_text().splitlines()]
+        file.write_text("\n".join(" ".join([f"id-{words[0]}", *words[1:]]) for words in lines) + "\n")
+    labels = cub / "image_class_labels.txt"
+    labels.write_text("\n".join(f"{w[0]} {int(w[1]) * 10}" for w in map(str.split, labels.read_text().splitlines())))
+    (cub / "classes.txt").write_text("\n".join(f"{10 * k} class {k}" for k in range(1, 9)))
+    folder = CubFolder(cub)
+    assert folder.class_names == [f"class {k}" for k in range(1, 9)]
+    assert folder.labels.tolist() == sorted(folder.labels.tolist()) and folder.labels.max() == 7
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("y", "2", "y is '2', not one of 0, 1"),
+        ("split", "x", "split is 'x'"),
+        ("img_filename", "no.png", "is not there"),
+    ],
+)
+def test_damaged_metadata_names_its_line(tmp_path: Path, column: str, value: str, message: str) -> None:
+    toybirds.write_waterbirds(tmp_path, counts=(4, 4, 4), size=24)
+    file = tmp_path / toybirds.WATERBIRDS / "metadata.csv"
+    records = list(csv.DictReader(file.open()))
+    records[2][column] = value
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    with pytest.raises(DataError, match=rf"metadata.csv, line 4: .*{message}"):
+        WaterbirdsSource(tmp_path, split="TRAIN")
+
+
+# --------------------------------------------------------------------------------------------------------- other folders
+def save(file: Path, colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 10)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(file)
+
+
+def test_meta_shift(tmp_path: Path) -> None:
+    for name in ("train/cat/cat(bed)/a.jpg", "train/dog/dog(bike)/b.jpg", "test/cat/cat(shelf)/c.jpg"):
+        save(tmp_path / name)
+    save(tmp_path / "masks" / "cat" / "cat(bed)" / "a.png", (255, 255, 255))
+    train = MetaShiftSource(tmp_path, folder="train", mask_folder="masks")
+    assert train.labels is not None and train.labels.tolist() == [0, 1] and train.group_names == ("cat", "dog")
+    assert annotation(train, "mask", 0).all()
+    assert len(MetaShiftSource.build(request(tmp_path, "TEST"))) == 1
+
+
+def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
+    for name in ("0", "2", "10"):
+        save(tmp_path / name / "a.jpeg")
+    labels = ImageNetV2Source(tmp_path).labels
+    assert labels is not None and sorted(labels.tolist()) == [0, 2, 10]
+    save(tmp_path / "cat" / "a.jpeg")
+    with pytest.raises(DataError, match="'cat'"):
+        ImageNetV2Source(tmp_path)
+
+
+def test_imagenet_subsets_know_their_classes(tmp_path: Path) -> None:
+    synsets = imagenet_synsets()
+    known = imagenet_synsets("imagenet_a_synsets.txt")
+    save(tmp_path / known[3] / "a.jpg")
+    source = ImageNetSubsetSource(tmp_path, which="a")
+    assert source.labels is not None and synsets[source.labels[0]] == known[3]
+    assert source.known_classes.sum() == 200 and source.known_classes[source.labels[0]]
+    save(tmp_path / "n00000000" / "a.jpg")
+    with pytest.raises(DataError, match="n00000000"):
+        ImageNetSubsetSource(tmp_path, which="a")
+
+
+def test_part_imagenet(tmp_path: Path) -> None:
+    save(tmp_path / "n01440764_1.JPEG")
+    save(tmp_path / "n01443537_2.JPEG")
+    content = {
+        "images": [
+            {"id": 7, "file_name": "n01443537_2.JPEG", "height": 10, "width": 12},
+            {"id": 3, "file_name": "n01440764_1.JPEG", "height": 10, "width": 12},
+            {"id": 9, "file_name": "n01440764_9.JPEG", "height": 10, "width": 12},
+        ],
+        "categories": [{"id": 5, "name": "Fish Fin"}, {"id": 2, "name": "Fish Head"}],
+        "annotations": [
+            {"id": 0, "image_id": 3, "category_id": 2, "area": 9, "segmentation": [[1, 2, 4, 3]]},
+            {"id": 1, "image_id": 3, "category_id": 5, "area": 9, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]},
+            {"id": 2, "image_id": 7, "category_id": 5, "area": 0, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]},
+            {"id": 3, "image_id": 7, "category_id": 5, "area": 9, "iscrowd": 1, "segmentation": []},
+        ],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    source = PartImageNetSource.build(request(tmp_path))
+    assert source.part_names == ["Fish Head", "Fish Fin"] and source.class_names == ["n01440764", "n01443537"]
+    assert source.paths.tolist() == ["n01440764_1.JPEG", "n01443537_2.JPEG"]
+    head, fin = source.part_masks(0)
+    assert np.argwhere(head).tolist() == [[r, c] for r in range(2, 5) for c in range(1, 5)]  # x, y, width, height
+    assert fin.sum() == 16 and fin[:4, :4].all()
+    assert not source.part_masks(1).any() and source.mask(0).sum() == (head | fin).sum()
+    del content["categories"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="a list 'categories'"):
+        PartImageNetSource.build(request(tmp_path))
+
+
+def test_flowers(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    base = tmp_path / "flowers-102"
+    for number in (1, 2, 3):
+        save(base / "jpg" / f"image_{number:05d}.jpg")
+    segmented = np.zeros((20, 20, 3), dtype=np.uint8)
+    segmented[..., 2] = 255
+    segmented[5:15, 5:15] = (200, 40, 40)
+    (base / "segmim").mkdir()
+    Image.fromarray(segmented).save(base / "segmim" / "segmim_00002.jpg", quality=100, subsampling=0)
+    savemat(base / "setid.mat", {"trnid": [[2]], "valid": [[1]], "tstid": [[3]]})
+    savemat(base / "imagelabels.mat", {"labels": [[5, 7, 9]]})
+    source = FlowersSource.build(request(tmp_path))
+    assert source.labels is not None and source.labels.tolist() == [6] and len(source.class_names or []) == 9
+    assert 80 <= source.mask(0).sum() <= 120
+    (base / "jpg" / "image_00002.jpg").unlink()
+    with pytest.raises(DataError, match="image_00002.jpg: is not there"):
+        FlowersSource.build(request(tmp_path))
+
+
+def test_turtles(tmp_path: Path) -> None:
+    rows = "identity,file_name,split_closed,split_open\nB,b.jpg,train,test\nA,a.jpg,train,train\nB,c.jpg,test,test\n"
+    (tmp_path / "metadata_base.csv").write_text(rows)
+    train = TurtleReidSource.build(request(tmp_path))
+    assert train.labels is not None and train.labels.tolist() == [1, 0]
+    assert len(TurtleReidSource(tmp_path, split="TEST", column="split_open")) == 2
+    with pytest.raises(DataError, match="split_closed_random"):
+        TurtleReidSource(tmp_path, split="TEST", column="split_closed_random")
+
+
+# ----------------------------------------------------------------------------------------------------------- SIIM-ACR
+def dicom(file: Path, value: int) -> None:
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
+    image = FileDataset(str(file), {}, file_meta=meta, preamble=b"\0" * 128)
+    image.SOPClassUID, image.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    image.Rows = image.Columns = 16
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated = image.BitsStored = 8
+    image.HighBit, image.PixelRepresentation = 7, 0
+    image.PixelData = np.full((16, 16), value, np.uint8).tobytes()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save_as(file, enforce_file_format=True)
+
+
+def test_siim_acr_from_the_download_to_images(tmp_path: Path) -> None:
+    names = {"a": "-1", "b": "5 3", "c": "1024 2 1022 2", "d": "-1"}
+    for number, name in enumerate(names):
+        dicom(tmp_path / "dicom-images-train" / "x" / "y" / f"{name}.dcm", 10 * number)
+    lines = [f"{name}, {runs}" for name, runs in names.items()] + ["b, 100 1"]
+    (tmp_path / "train-rle.csv").write_text("ImageId, EncodedPixels\n" + "\n".join(lines) + "\n")
+    with (tmp_path / "tubes.pkl").open("wb") as file:
+        pickle.dump({"c": 0, "d": 0}, file)
+    out = tmp_path / "out"
+    counts = prepare(tmp_path, tmp_path / "tubes.pkl", out)
+    assert counts == {"train_set": 2, "full_test_set": 2, "robust_test_set": 1, "non_robust_test_set": 1}
+    train, robust = SiimAcrSource.build(request(out)), SiimAcrSource(out, folder="robust_test_set")
+    assert train.paths.tolist() == ["train_set/0/a.dcm", "train_set/1/b.dcm"]
+    assert robust.paths.tolist() == ["robust_test_set/1/c.dcm"] and robust.labels is not None
+    assert np.asarray(robust.load(0))[0, 0].tolist() == [20, 20, 20]
+    assert np.argwhere(annotation(train, "mask", 1)).tolist() == [[5, 0], [6, 0], [7, 0], [100, 0]]  # down the column
+    assert np.argwhere(annotation(robust, "mask", 0)).tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
+    data = Data(
+        TRAIN=Split(DATA_SOURCES=["siim_acr"], DATA_PATHS=[str(out)], TRANSFORMS=[{"name": "CenterCrop", "size": 8}])
+    )
+    assert build_dataset(data, "TRAIN", seed=0)[1]["data"].float().mean() == 10
+
+
+def test_masks_that_are_no_runs() -> None:
+    for text in ("1 2 3", "1 -2", "2000000 5"):
+        with pytest.raises(ValueError, match="pairs|ends at pixel"):
+            decode_mask([text])
+    assert not decode_mask([]).any()
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return (print, ("harm",))
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tubes.pkl"
+    file.write_bytes(pickle.dumps({"a": Harmful()}))
+    with pytest.raises(DataError, match="Save it as JSON"):
+        read_tubes(file)
+    assert "harm" not in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("id,tube\na,1\nb,0\n")
+    assert read_tubes(tmp_path / "t.csv") == {"a": 1, "b": 0}
