@@ -336,3 +336,17 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, capsys: pyte
     assert "harm" not in capsys.readouterr().out
     (tmp_path / "t.csv").write_text("id,tube\na,1\nb,0\n")
     assert read_tubes(tmp_path / "t.csv") == {"a": 1, "b": 0}
+
+
+def test_the_command_line_draws_and_prepares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vissl_like.data.tools import main
+
+    assert main(["toy_waterbirds", str(tmp_path / "toy"), "--size", "16"]) == 0
+    assert len(WaterbirdsSource(tmp_path / "toy", split="TRAIN")) == 800
+    with pytest.raises(ConfigError, match="exists; name a new folder"):
+        main(["toybirds", str(tmp_path / "toy")])
+    with pytest.raises(ConfigError, match="did you mean 'toybirds'"):
+        main(["toybird", str(tmp_path)])
+    with pytest.raises(ConfigError, match="required: TUBES, DST"):
+        main(["siim_acr", str(tmp_path)])
+    assert main([]) == 0 and "siim_acr" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])
         if arguments[:1] == ["data"]:
-            from vissl_like.data.shrink import main as data
+            from vissl_like.data.tools import main as data
 
             return data(arguments[1:])
         return _dispatch(_split(arguments))

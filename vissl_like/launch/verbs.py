@@ -40,7 +40,7 @@ Questions:
   {PROGRAM} list WORD            {", ".join(components.LISTS[:5])},
                                  {", ".join(components.LISTS[5:])}
   {PROGRAM} report RUN_DIR       make report.html of a run folder again
-  {PROGRAM} data shrink SRC DST  a smaller copy of a folder of images (`data shrink --help`)
+  {PROGRAM} data VERB ...        shrink images, prepare or draw data sets (`data --help`)
 
 Flags:
   -m, --multirun                 a run for each combination of comma lists: config.SEED_VALUE=1,2,3
@@ -72,7 +72,7 @@ def answer(verb: str, words: list[str], *, config_dirs: list[str]) -> str:
             raise ConfigError(f"list: say what: {', '.join(components.LISTS)}.")
         return listing(words[0], config_dirs=config_dirs)
     if verb == "data":
-        raise ConfigError(f"data: comes first on the command line: {PROGRAM} data shrink SRC DST.")
+        raise ConfigError(f"data: comes first on the command line: {PROGRAM} data VERB ...")
     if len(words) != 1:
         raise ConfigError("report: give one run folder: report runs/NAME.")
     return make_report(Path(words[0]).expanduser())

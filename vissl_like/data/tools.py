@@ -1,0 +1,81 @@
+"""`data VERB ...`: what the command line does with data sets, apart from training on them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from vissl_like.errors import ConfigError
+from vissl_like.registry import suggest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` shows how it is called.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The words after `data`. Returns the exit code; what the user can mend is raised as UserError."""
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: vissl-like data VERB ...\n\n" + "\n".join(f"  {name:<12}{_WORDS[name]}" for name in _VERBS))
+        return 0
+    verb = words[0]
+    if verb not in _VERBS:
+        raise ConfigError(f"data {verb}: no such verb{suggest(verb, list(_VERBS)) or '.'} Known: {', '.join(_VERBS)}.")
+    return _VERBS[verb](words)
+
+
+def _shrink(words: list[str]) -> int:
+    from vissl_like.data.shrink import main as shrink
+
+    return shrink(words)
+
+
+def _siim_acr(words: list[str]) -> int:
+    parser = _Parser(prog="vissl-like data siim_acr", description=_WORDS["siim_acr"])
+    parser.add_argument("source", metavar="SRC", help="the download: train-rle.csv, dicom-images-train/")
+    parser.add_argument(
+        "tubes", metavar="TUBES", help="which test images show a chest tube: {id: 0 or 1}, .json/.csv/.pkl"
+    )
+    parser.add_argument("target", metavar="DST", help="where train_set, full_test_set, ... and all_masks go")
+    given = parser.parse_args(words[1:])
+    from vissl_like.data.medical import prepare
+
+    counts = prepare(Path(given.source), Path(given.tubes), Path(given.target))
+    print(f"{given.target}: " + ", ".join(f"{count} images in {name}" for name, count in counts.items()))
+    return 0
+
+
+def _toy(words: list[str], *, which: str) -> int:
+    parser = _Parser(prog=f"vissl-like data {which}", description=_WORDS[which])
+    parser.add_argument("target", metavar="DST", help="the new folder")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other birds; default 0")
+    parser.add_argument("--size", type=int, default=0, help="side of the images in pixels; default 72")
+    given = parser.parse_args(words[1:])
+    from vissl_like.data import toybirds
+
+    folder = Path(given.target).absolute()
+    if folder.exists():
+        raise ConfigError(f"vissl-like data {which}: {given.target} exists; name a new folder.")
+    write = toybirds.write_cub if which == "toybirds" else toybirds.write_waterbirds
+    toybirds.make_folder(folder, lambda target: write(target, seed=given.seed, size=given.size or toybirds.SIZE))
+    print(f"{given.target}: drawn.")
+    return 0
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "shrink": _shrink,
+    "siim_acr": _siim_acr,
+    "toybirds": partial(_toy, which="toybirds"),
+    "toy_waterbirds": partial(_toy, which="toy_waterbirds"),
+}
+_WORDS = {
+    "shrink": "SRC DST: a smaller copy of a folder of images, or shards of them",
+    "siim_acr": "SRC TUBES DST: the SIIM-ACR download in the layout of the data source siim_acr",
+    "toybirds": "DST: drawn birds with parts, in the files of CUB-200-2011",
+    "toy_waterbirds": "DST: drawn birds on telling backgrounds, in the files of Waterbirds",
+}
