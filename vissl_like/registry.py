@@ -28,6 +28,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "trunk": {
         "resnet": "vissl_like.models.resnet:resnet",
         "resnet_small": "vissl_like.models.resnet:resnet_small",
+        "conv_stem": "vissl_like.models.conv_stem:ConvStem",
         "raw_pixels": "vissl_like.models.handcrafted:RawPixels",
         "grey_histogram": "vissl_like.models.handcrafted:GreyHistogram",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from vissl_like.config.schema_parts import PartsLoss, PartsModel
 from vissl_like.config.section import Section, group, option
 
 
@@ -91,6 +92,7 @@ class Ema(Section):
 class Model(Section):
     TRUNK: Trunk = group(Trunk, "The feature network.")
     HEAD: Head = group(Head, "What stands on the features.")
+    PARTS: PartsModel = group(PartsModel, "Part discovery: prototypes, masks and the second stage.")
     INPUT_TYPE: Literal["rgb", "bgr", "lab"] = option("rgb", "Channel order or colour space that the model takes.")
     FEATURE_EVAL_SETTINGS: FeatureEval = group(FeatureEval, "Frozen-trunk evaluation and extraction.")
     WEIGHTS_INIT: WeightsInit = group(WeightsInit, "Initial weights from any published checkpoint.")
@@ -118,6 +120,7 @@ class Loss(Section):
     NAME: str = option("cross_entropy", "The loss (`list losses`); its options stand in the section of the same name.")
     CROSS_ENTROPY: CrossEntropy = group(CrossEntropy, "Sum over heads of the cross-entropy.")
     BCE_LOGITS: BceLogits = group(BceLogits, "Multi-label binary cross-entropy.")
+    PARTS: PartsLoss = group(PartsLoss, "Terms of part discovery.")
 
 
 class ListMeter(Section):
