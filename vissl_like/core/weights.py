@@ -202,6 +202,13 @@ class _Loading:
         self.load_heads = not feature_eval.EVAL_MODE_ON or feature_eval.EVAL_TRUNK_AND_HEAD
         self.rules = rules
         self.grids = position_grids(model)
+        self.backbones = backbones(model)
+        self.copies = {
+            key: BLOCKS + key.removeprefix(place)
+            for place in self.backbones
+            for key in self.shapes
+            if key.startswith(place) and place != BLOCKS
+        }
 
     def plan(self, file: Shapes, rules: KeyRules) -> LoadPlan:
         parameters = {name for name, _ in self.model.named_parameters()}
@@ -213,6 +220,7 @@ class _Loading:
             load_heads=self.load_heads,
             parameters=parameters,
             grids=self.grids,
+            copies=self.copies,
         )
 
     def best(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoadPlan]:
@@ -228,8 +236,8 @@ class _Loading:
 
     def _converted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the model's names by way of timm's filter, which comes between REMOVE and APPEND_PREFIX."""
-        trunk: Any = getattr(self.model, "trunk", None)
-        if getattr(getattr(trunk, "adapter", None), "library", "") != "timm":
+        trunk: Any = next(iter(self.backbones.values()), None)
+        if trunk is None or trunk.adapter.library != "timm":
             return {}
         convert = getattr(sys.modules[type(trunk.backbone).__module__], "checkpoint_filter_fn", None)
         if convert is None:
@@ -246,6 +254,12 @@ class _Loading:
             for key, value in names.items()
             if isinstance(value, Tensor)
         }
+
+
+def backbones(model: nn.Module) -> dict[str, nn.Module]:
+    """Beginning of the names below each trunk's backbone -> the trunk; a model of two stages has two."""
+    trunks = {name: module for name, module in model.named_modules() if hasattr(module, "adapter")}
+    return {f"{name}._feature_blocks.": module for name, module in trunks.items()}
 
 
 def position_grids(model: nn.Module) -> dict[str, tuple[int, int]]:

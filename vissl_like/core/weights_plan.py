@@ -94,12 +94,15 @@ def plan_loading(
     load_heads: bool = True,
     parameters: Collection[str] | None = None,
     grids: Mapping[str, tuple[int, int]] | None = None,
+    copies: Mapping[str, str] | None = None,
 ) -> LoadPlan:
     """Decide for every tensor. `skip` are SKIP_LAYERS: substrings of model keys, tested after all renames.
 
     load_heads=False leaves heads alone (a frozen trunk that is evaluated with new heads). `parameters` are the model
     keys that count for the shares, by default all. `grids`: height and width of position tables that are not square.
+    `copies`: model key -> the name to take where the file does not have the key itself (several backbones of one kind).
     """
+    copies = copies or {}
     names: dict[str, str] = {}
     clashes = []
     for key in file:
@@ -109,10 +112,10 @@ def plan_loading(
         names[name] = key
     rows = []
     for key, shape in model.items():
-        source = names.get(canonical(key))
+        source = names.get(canonical(key), names.get(copies.get(key, "")))
         status = _status(key, shape, source, file, skip=skip, load_heads=load_heads, grid=(grids or {}).get(key))
         rows.append(Row(status, key, source or "", shape, file[source] if source is not None else None))
-    used = {canonical(key) for key in model}
+    used = {canonical(key) for key in model} | set(copies.values())
     unexpected = [Row(Status.UNEXPECTED, "", key, None, file[key]) for name, key in names.items() if name not in used]
     counted = [row for row in rows if parameters is None or row.model_key in parameters]
     return LoadPlan(

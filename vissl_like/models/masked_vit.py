@@ -101,7 +101,7 @@ def prune(tokens: Tensor, hard: Tensor, *, num_prefix: int) -> tuple[Tensor, Ten
 
     m is the largest foreground of the batch, at least 1; what is background among the m stays masked.
     """
-    kept = max(1, int(hard.sum(dim=1).max())) if hard.shape[1] else 0
+    kept = max(1, int(hard.sum(dim=1).max()))
     if kept == hard.shape[1]:
         return tokens, hard
     first = hard.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values

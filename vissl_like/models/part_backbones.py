@@ -221,7 +221,14 @@ def _timm_trunk(
         return MapTrunk(backbone, adapter, image_size=image_size)
     if image_size is not None:
         options = {"img_size": image_size} | options
+    if options.get("patch_drop_rate"):
+        raise ConfigError(f"{OPTIONS_KEY}.patch_drop_rate: part maps need all patches; leave it out.")
     trunk = TokenTrunk(*libraries.build(section.NAME, options), TIMM)
+    made_for = trunk.adapter.image_size
+    if image_size is not None and made_for != _pair(image_size) and not trunk.backbone.dynamic_img_size:
+        raise ConfigError(
+            f"{OPTIONS_KEY}.img_size={options['img_size']}: the images have {image_size} pixels. Leave the option out."
+        )
     _check_image_size(trunk, image_size)
     return trunk
 
@@ -246,8 +253,7 @@ def _hf_trunk(section: TrunkSection, *, image_size: int | tuple[int, int] | None
 
 
 def _check_image_size(trunk: TokenTrunk, image_size: int | tuple[int, int] | None) -> None:
-    size = image_size if image_size is not None else trunk.adapter.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = trunk.adapter.image_size if image_size is None else _pair(image_size)
     down, right = trunk.patch_size
     if height % down or width % right:
         near = f"{max(1, height // down) * down}x{max(1, width // right) * right}"
@@ -255,3 +261,7 @@ def _check_image_size(trunk: TokenTrunk, image_size: int | tuple[int, int] | Non
             f"config.MODEL.TRUNK.NAME={trunk.adapter.name!r}: images of {height}x{width} are not made of whole patches"
             f" of {down}x{right}. Use {near}, or another patch_size in {OPTIONS_KEY}."
         )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

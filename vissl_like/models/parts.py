@@ -209,7 +209,9 @@ class PartLayers(nn.Module):
             return given.to(like.dtype)
         if not wanted or not (self.training or self.options.EVAL_GUMBEL):
             return None
-        return -torch.empty_like(like).exponential_().log()
+        # Half precision would round small draws to zero, whose logarithm is infinite.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return -torch.empty_like(like, dtype=dtype).exponential_().log().to(like.dtype)
 
     def _pooled(self, x: Tensor, maps: Tensor, normal: Tensor | None) -> Tensor:
         """Mean over all positions of map times feature: (B, D, K+1)."""
