@@ -20,6 +20,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "task": {
         "supervised": "vissl_like.tasks.supervised:Supervised",
+        "parts": "vissl_like.tasks.parts:Parts",
     },
     "loss": {
         "cross_entropy": "vissl_like.losses.classification:cross_entropy",
@@ -77,6 +78,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "inverse_sqrt": "vissl_like.optim.schedules:inverse_sqrt",
         "cosine_warm_restart": "vissl_like.optim.schedules:cosine_warm_restart",
         "composite": "vissl_like.optim.schedules:composite",
+        "timm_cosine": "vissl_like.optim.schedules:timm_cosine",
+        "timm_step": "vissl_like.optim.schedules:timm_step",
+        "timm_linear": "vissl_like.optim.schedules:timm_linear",
     },
 }
 

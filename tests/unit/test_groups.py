@@ -19,6 +19,7 @@ from vissl_like.optim.groups import (
     state_by_name,
     table,
 )
+from vissl_like.optim.schedules import StepRates
 
 
 class Net(nn.Module):
@@ -153,7 +154,7 @@ def test_rates_reach_the_groups() -> None:
     )
     groups = make_groups(Net(), options)
     optimizer = build_optimizer(groups, options)
-    set_rates(optimizer, groups, lr=2.0, lr_head=3.0, weight_decay=0.4)
+    set_rates(optimizer, groups, StepRates(2.0, 3.0, 0.4))
     by_name = {
         name: (target["lr"], target["weight_decay"])
         for target, group in zip(optimizer.param_groups, groups)
@@ -171,7 +172,7 @@ def test_every_optimizer_takes_a_step(name: str) -> None:
     options = Options(NAME=name)
     groups = make_groups(net, options)
     optimizer = build_optimizer(groups, options)
-    set_rates(optimizer, groups, lr=0.1, lr_head=0.1, weight_decay=None)
+    set_rates(optimizer, groups, StepRates(0.1, 0.1, None))
     before = net.heads[1].weight.detach().clone()
     net.heads[1](torch.ones(2, 4)).square().sum().backward()
     optimizer.step()

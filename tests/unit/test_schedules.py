@@ -120,7 +120,7 @@ def test_epoch_interval_holds_the_value_within_an_epoch() -> None:
 
 def test_heads_follow_the_trunk_by_default() -> None:
     rates = Rates(lr=Schedule(NAME="linear", START_VALUE=1.0), steps_per_epoch=2, num_epochs=2)
-    assert rates.at(3) == (0.5, 0.5, None)
+    assert rates.at(3) == (0.5, 0.5, None, 0.0)
 
 
 def test_vissl_names_are_taken() -> None:

@@ -158,11 +158,11 @@ class Schedule(Section):
     VALUES: list[float] = option([0.1, 0.01, 0.001], "step, multistep: the value of each span.")
     MILESTONES: list[int] = option([30, 60], "multistep: the epochs at which the value changes.")
     START_VALUE: float = option(0.1, "First value of cosine, linear, inverse_sqrt and others.")
-    END_VALUE: float = option(0.0, "Last value of cosine and linear.")
+    END_VALUE: float = option(0.0, "Last value of cosine and linear; timm_cosine: of every parameter group.")
     BASE_VALUE: float = option(0.1, "polynomial, step_with_fixed_gamma: first value.")
     POWER: float = option(1.0, "polynomial: exponent.")
     DECAY: float = option(0.1, "exponential: the last value as a share of the first.")
-    GAMMA: float = option(0.1, "step_with_fixed_gamma: factor at each step.")
+    GAMMA: float = option(0.1, "step_with_fixed_gamma, timm_step: factor at each step.")
     NUM_DECAYS: int = option(3, "step_with_fixed_gamma: number of steps.", ge=1)
     WARMUP_INTERVAL_LENGTH: float = option(
         0.0, "inverse_sqrt: share of training at which the value is START_VALUE.", ge=0, le=1
@@ -171,6 +171,9 @@ class Schedule(Section):
     WAVE_TYPE: Literal["half", "full"] = option("half", "cosine_warm_restart: half or full waves.")
     LR_MULTIPLIER: float = option(1.0, "cosine_warm_restart: factor at each restart.")
     IS_ADAPTIVE: bool = option(False, "cosine_warm_restart: peaks follow one cosine over the whole training.")
+    WARMUP_EPOCHS: int = option(0, "timm_*: epochs in which the rate rises from WARMUP_VALUE to its value.", ge=0)
+    WARMUP_VALUE: float = option(0.0, "timm_*: rate of every parameter group at the start of the warm-up.", ge=0)
+    STEP_EPOCHS: int = option(10, "timm_step: epochs between two multiplications by GAMMA.", ge=1)
     SCHEDULERS: list[dict[str, Any]] = option([], "composite: the children, in order.")
     LENGTHS: list[float] = option([], "composite: share of training of each child; they add up to 1.")
     INTERVAL_SCALING: list[Literal["fixed", "rescaled"]] = option(
@@ -200,6 +203,14 @@ class ParamGroup(Section):
     WEIGHT_DECAY: float | None = option(None, "Weight decay of this group. Null: by the general rules.")
 
 
+class PartFactors(Section):
+    SCRATCH_LR_FACTOR: float = option(1e4, "Classifiers of both stages.", ge=0)
+    FINER_LR_FACTOR: float = option(1e3, "Prototypes.", ge=0)
+    MODULATION_LR_FACTOR: float = option(1e4, "Modulation.", ge=0)
+    STAGE_TWO_LR_FACTOR: float = option(1.0, "Backbone and tokens of stage 2.", ge=0)
+    BACKBONE_LR_FACTOR: float = option(1.0, "Backbone and tokens of stage 1 (of the only stage).", ge=0)
+
+
 class Optimizer(Section):
     NAME: str = option("sgd", "Optimizer (`list optimizers`), or timm/NAME.")
     NUM_EPOCHS: int = option(90, "Epochs of training.", ge=0)
@@ -217,7 +228,13 @@ class Optimizer(Section):
         [], "No weight decay on parameters whose name contains one of these."
     )
     CONSTRUCT_SINGLE_PARAM_GROUP_ONLY: bool = option(False, "One group with the same options for everything.")
-    PARAM_GROUP_CONSTRUCTOR: Literal["default", "lr_decay"] = option("default", "How parameters are grouped.")
+    NORMALIZED_WEIGHT_DECAY: bool = option(
+        False, "Multiply WEIGHT_DECAY by sqrt(1 / (batches per epoch x epochs)), arXiv:1711.05101, appendix B.1."
+    )
+    PARAM_GROUP_CONSTRUCTOR: Literal["default", "lr_decay", "parts"] = option(
+        "default", "How parameters are grouped; parts: by their role in a model of part discovery (PARTS)."
+    )
+    PARTS: PartFactors = group(PartFactors, "Factors of the learning rate, with PARAM_GROUP_CONSTRUCTOR=parts.")
     LAYER_WISE_LR_DECAY: LayerWiseLrDecay = group(LayerWiseLrDecay, "Options of lr_decay.")
     HEAD_OPTIMIZER_PARAMS: HeadOptimizer = group(HeadOptimizer, "Different options for heads.")
     GROUPS: list[ParamGroup] = option([], "Own groups by name, before the general rules.")

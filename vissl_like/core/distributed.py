@@ -122,6 +122,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows (B, ...) of all ranks after one another; gradients flow back to the rank that a row came from."""
+    if _world.size == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
 def start_any(flag: bool) -> Callable[[], bool]:
     """Ask all ranks whether one of them has the flag set; the function returned waits for the answer.
 

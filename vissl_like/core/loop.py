@@ -31,7 +31,7 @@ from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
 from vissl_like.optim.groups import Group, load_state_by_name, set_rates, state_by_name
-from vissl_like.optim.schedules import Rates
+from vissl_like.optim.schedules import Rates, StepRates
 from vissl_like.registry import suggest
 
 #: Prefixes of what is measured under the weights, and under their average.
@@ -134,7 +134,7 @@ class Training:
         self.window = Window()
         self.batches: Iterator[Batch] = iter(())
         self.line: dict[str, Tensor] | None = None
-        self.current_rates: tuple[float, float, float | None] | None = None
+        self.current_rates: StepRates | None = None
         self.answer: Callable[[], bool] = lambda: False
         self.stop = signals.StopRequest()
 
@@ -192,8 +192,7 @@ class Training:
         rates = self.rates.at(self.step)
         if rates != self.current_rates:
             self.current_rates = rates
-            lr, lr_head, weight_decay = rates
-            set_rates(self.optimizer, self.groups, lr=lr, lr_head=lr_head, weight_decay=weight_decay)
+            set_rates(self.optimizer, self.groups, rates)
         self.line = {} if self.is_logged(self.step + 1) else None
 
     def forward_backward(self, micro_batches: list[Batch]) -> None:
@@ -271,7 +270,8 @@ class Training:
         seconds = time.perf_counter() - self.window.began
         speed = torch.tensor([self.window.rows / seconds, self.window.waited / seconds / size], dtype=torch.float64)
         *means, images_per_s, data_wait_share = distributed.all_reduce_sum(torch.cat([local, speed])).tolist()
-        lr, lr_head, weight_decay = self.current_rates or (0.0, 0.0, None)
+        lr, lr_head, weight_decay, floor = self.current_rates or StepRates(0.0, 0.0, None)
+        lr, lr_head = lr + floor, lr_head + floor
         line: dict[str, Any] = {"kind": "train", **self.place(), **dict(zip(values, means)), "lr": lr}
         if lr_head != lr:
             line["lr_head"] = lr_head

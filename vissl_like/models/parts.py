@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +60,8 @@ class PartsOutput:
     logits: Tensor
     #: (B, K+1, h, w), squared distances to the prototypes.
     distances: Tensor
+    #: What stage 1 finds on transformed images, if there were any.
+    twin: PartsOutput | None = None
 
 
 NO_NOISE = PartNoise()
@@ -264,9 +266,18 @@ class StageOne(nn.Module):
         self.trunk = trunk
         self.heads = heads
 
-    def forward(self, images: Tensor, *, noise: PartNoise | None = None) -> PartsOutput:
-        return self.heads(self.trunk.maps(images), noise=noise or NO_NOISE)
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        noise: PartNoise | None = None,
+        twin: Tensor | None = None,
+        twin_noise: PartNoise | None = None,
+    ) -> PartsOutput:
+        """twin: transformed images (B, 3, H, W) for the equivariance loss, in the same pass."""
+        found = self.stage_one(images, noise=noise)
+        return found if twin is None else replace(found, twin=self.stage_one(twin, noise=twin_noise))
 
     def stage_one(self, images: Tensor, *, noise: PartNoise | None = None) -> PartsOutput:
-        """The same as forward: what the equivariance loss runs on transformed images."""
-        return self(images, noise=noise)
+        """The parts of images, without a twin."""
+        return self.heads(self.trunk.maps(images), noise=noise or NO_NOISE)

@@ -18,6 +18,7 @@ from torch import nn
 from vissl_like.config.schema_model import Optimizer as OptimizerOptions
 from vissl_like.config.schema_model import ParamGroup
 from vissl_like.errors import ConfigError
+from vissl_like.optim.schedules import StepRates
 from vissl_like.registry import resolve
 
 log = logging.getLogger(__name__)
@@ -236,19 +237,12 @@ def _known_arguments(name: str) -> str:
     return f" Its arguments: {', '.join(parameters[1:])}."
 
 
-def set_rates(
-    optimizer: torch.optim.Optimizer,
-    groups: Sequence[Group],
-    *,
-    lr: float,
-    lr_head: float,
-    weight_decay: float | None,
-) -> None:
-    """Set each group's rates for the coming step. weight_decay: the scheduled general one, None if it is constant."""
+def set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], rates: StepRates) -> None:
+    """Set each group's learning rate for the coming step, and its weight decay if that follows the general one's."""
     for target, group in zip(optimizer.param_groups, groups):
-        target["lr"] = (lr_head if group.role == "head" else lr) * group.lr_factor
-        if weight_decay is not None and group.decay_is_general:
-            target["weight_decay"] = weight_decay
+        target["lr"] = (rates.lr_head if group.role == "head" else rates.lr) * group.lr_factor + rates.lr_floor
+        if rates.weight_decay is not None and group.decay_is_general:
+            target["weight_decay"] = rates.weight_decay
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, Any]:

@@ -98,6 +98,9 @@ _RULES: dict[str, Callable[[Schedule, float, str], dict[str, Any]]] = {
     "step": _scale_values,
     "multistep": _scale_values,
     "step_with_fixed_gamma": lambda schedule, scaled, key: {"BASE_VALUE": scaled},
+    "timm_cosine": lambda schedule, scaled, key: {"START_VALUE": scaled},
+    "timm_step": lambda schedule, scaled, key: {"START_VALUE": scaled},
+    "timm_linear": lambda schedule, scaled, key: {"START_VALUE": scaled},
     "inverse_sqrt": lambda schedule, scaled, key: {"START_VALUE": scaled},
 }
 
@@ -125,3 +128,12 @@ def _scale_composite(
         )
     plain = [child.model_dump(exclude_unset=True) for child in children]
     return schedule.model_copy(update={"SCHEDULERS": plain, "LENGTHS": lengths, "INTERVAL_SCALING": intervals})
+
+
+def normalized_weight_decay(weight_decay: float, *, num_train: int, global_batch: int, num_epochs: int) -> float:
+    """weight_decay * sqrt(1 / (batches per epoch * epochs)), arXiv:1711.05101, appendix B.1.
+
+    Batches are those of all processes, before accumulation; a set smaller than one batch counts as one.
+    """
+    batches = max(1, num_train // global_batch)
+    return weight_decay * math.sqrt(1 / (batches * max(1, num_epochs)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vissl_like.config.schema_model import Schedule
 from vissl_like.errors import ConfigError
@@ -189,6 +189,66 @@ def composite(options: Schedule, *, num_epochs: int, key: str) -> Curve:
     return value
 
 
+def timm_cosine(options: Schedule, *, num_epochs: int, key: str) -> Curve:
+    """Half a cosine wave by epochs from START_VALUE to END_VALUE, which is not multiplied by a group's factor.
+
+    In the WARMUP_EPOCHS the rate rises to its value from WARMUP_VALUE; the wave does not wait for them (timm).
+    """
+    return _warmed(options, num_epochs, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / num_epochs)))
+
+
+def timm_step(options: Schedule, *, num_epochs: int, key: str) -> Curve:
+    """START_VALUE, multiplied by GAMMA every STEP_EPOCHS; with a warm-up as timm_cosine."""
+    return _warmed(options, num_epochs, lambda epoch: options.GAMMA ** (epoch // options.STEP_EPOCHS))
+
+
+def timm_linear(options: Schedule, *, num_epochs: int, key: str) -> Curve:
+    """A straight line by epochs from START_VALUE to a hundredth of it, after a warm-up as timm_cosine."""
+    warmup = options.WARMUP_EPOCHS
+    if warmup >= num_epochs:
+        raise _wrong(key, "WARMUP_EPOCHS", warmup, f"a training of {num_epochs} epochs needs fewer.")
+    return _warmed(options, num_epochs, lambda epoch: 1 - 0.99 * (epoch - warmup) / (num_epochs - warmup))
+
+
+def _warmed(options: Schedule, num_epochs: int, share: Callable[[int], float]) -> Curve:
+    """START_VALUE times the share of an epoch, or what of it the warm-up has reached."""
+
+    def value(where: float) -> float:
+        epoch = int(where * num_epochs + WHERE_EPSILON)
+        if epoch < options.WARMUP_EPOCHS:
+            return options.START_VALUE * epoch / options.WARMUP_EPOCHS
+        return options.START_VALUE * share(epoch)
+
+    return value
+
+
+def floor_curve(schedule: Schedule, *, num_epochs: int) -> Curve | None:
+    """What a timm schedule adds to the rate of every parameter group, whatever its factor; None for others."""
+    if not schedule.NAME.startswith("timm_"):
+        return None
+    warmup, last = schedule.WARMUP_EPOCHS, schedule.END_VALUE if schedule.NAME == "timm_cosine" else 0.0
+
+    def value(where: float) -> float:
+        epoch = int(where * num_epochs + WHERE_EPSILON)
+        if epoch < warmup:
+            return schedule.WARMUP_VALUE * (1 - epoch / warmup)
+        return last * (1 - 0.5 * (1 + math.cos(math.pi * epoch / num_epochs)))
+
+    return value
+
+
+class StepRates(NamedTuple):
+    """Values of one step. A group's learning rate is lr (heads: lr_head) times its factor, plus lr_floor.
+
+    weight_decay None: constant.
+    """
+
+    lr: float
+    lr_head: float
+    weight_decay: float | None
+    lr_floor: float = 0.0
+
+
 class Rates:
     """Learning rates and weight decay of every step of a training."""
 
@@ -208,11 +268,13 @@ class Rates:
         self._curves = {
             key: build_curve(schedule, num_epochs=num_epochs, key=key) for key, schedule in self._schedules.items()
         }
+        self._floor = floor_curve(lr, num_epochs=num_epochs)
 
-    def at(self, step: int) -> tuple[float, float, float | None]:
-        """(learning rate, learning rate of heads, weight decay or None) of this step, counted from 0."""
+    def at(self, step: int) -> StepRates:
+        """The rates of this step, counted from 0."""
         values = {key: curve(self._where(key, step)) for key, curve in self._curves.items()}
-        return values["LR"], values.get("LR_HEAD", values["LR"]), values.get("WEIGHT_DECAY")
+        floor = 0.0 if self._floor is None else self._floor(self._where("LR", step))
+        return StepRates(values["LR"], values.get("LR_HEAD", values["LR"]), values.get("WEIGHT_DECAY"), floor)
 
     def _where(self, key: str, step: int) -> float:
         return where_at(

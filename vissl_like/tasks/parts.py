@@ -50,8 +50,7 @@ class Parts(nn.Module):
         self.model, self.options, self.num_classes, self.mix = model, loss.PARTS, num_classes, mix
         self.measure_training = measure_training
         count = 2 if isinstance(model, TwoStage) else 1
-        new = {"facts": facts, "class_names": class_names}
-        self.tested = [ClassMetrics(num_classes, **new) for _ in range(count)]
+        self.tested = [ClassMetrics(num_classes, facts=facts, class_names=class_names) for _ in range(count)]
         self.trained = [ClassMetrics(num_classes, class_names=class_names, with_auroc=False) for _ in range(count)]
 
     @property
