@@ -113,9 +113,9 @@ def test_epoch_interval_holds_the_value_within_an_epoch() -> None:
         num_epochs=5,
     )
     values = [rates.at(step) for step in range(8)]
-    assert len({lr for lr, _, _ in values[:4]}) == 1 and values[4][0] < values[0][0]
-    assert len({head for _, head, _ in values}) == 8
-    assert {decay for _, _, decay in values} == {0.3}
+    assert len({rate.lr for rate in values[:4]}) == 1 and values[4][0] < values[0][0]
+    assert len({rate.lr_head for rate in values}) == 8
+    assert {rate.weight_decay for rate in values} == {0.3}
 
 
 def test_heads_follow_the_trunk_by_default() -> None:
