@@ -112,7 +112,9 @@ def plan_loading(
         names[name] = key
     rows = []
     for key, shape in model.items():
-        source = names.get(canonical(key), names.get(copies.get(key, "")))
+        source = names.get(canonical(key))
+        if source is None and key in copies:
+            source = names.get(copies[key])
         status = _status(key, shape, source, file, skip=skip, load_heads=load_heads, grid=(grids or {}).get(key))
         rows.append(Row(status, key, source or "", shape, file[source] if source is not None else None))
     used = {canonical(key) for key in model} | set(copies.values())
