@@ -40,6 +40,9 @@ class Split(Section):
     DATA_LIMIT_SAMPLING: LimitSampling = group(LimitSampling, "How DATA_LIMIT chooses.")
     REMOVE_IMG_PATH_PREFIX: str = option("", "Prefix taken off the paths of a file list.")
     NEW_IMG_PATH_PREFIX: str = option("", "Prefix put before the paths of a file list.")
+    USE_SPLIT: Literal["", "TRAIN", "VAL", "TEST"] = option(
+        "", "Part of the data set that stands here, such as VAL for a test on validation images; empty: its own."
+    )
     IMAGE_SUB_PATH: str = option("", "Annotated data sets: folder of the images. Empty: the data set's own.")
     MASK_SUB_PATH: str = option("", "Annotated data sets: folder of the masks. Empty: the data set's own.")
     ANNOTATION_PATH: str = option(
@@ -56,6 +59,15 @@ class Split(Section):
     SYNTHETIC_SIZE: int = option(64, "Side of synthetic images in pixels.", ge=1)
 
 
+class Mix(Section):
+    MIXUP: float = option(0.0, "Mixup alpha; 0: none (task parts).", ge=0)
+    CUTMIX: float = option(0.0, "CutMix alpha; 0: none (task parts).", ge=0)
+    CUTMIX_MINMAX: list[float] = option([], "CutMix: least and largest share of a side, instead of an alpha.")
+    PROB: float = option(1.0, "Probability of mixing at all.", ge=0, le=1)
+    SWITCH_PROB: float = option(0.5, "Probability of CutMix where both are on.", ge=0, le=1)
+    MODE: Literal["batch", "pair", "elem"] = option("batch", "What is drawn once: for a batch, a pair, an image.")
+
+
 class TrainSplit(Section):
     FRACTION: float = option(1.0, "Share of the training images that TRAIN takes; VAL takes the rest.", gt=0, le=1)
     ORDER: Literal["stratified", "file"] = option(
@@ -67,6 +79,7 @@ class TrainSplit(Section):
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
+    MIX: Mix = group(Mix, "Mixing of the images of a training batch.")
     TRAIN_SPLIT: TrainSplit = group(TrainSplit, "How training images are parted into TRAIN and VAL (cub, nabirds).")
     AUGMENT_ON_DEVICE: Literal["auto", True, False] = option(
         "auto",

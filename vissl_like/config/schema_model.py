@@ -86,10 +86,14 @@ class Ema(Section):
     ENABLED: bool = option(False, "Keep an exponential moving average of the weights and evaluate it too.")
     DECAY: float = option(0.9999, "Decay per update.", ge=0, lt=1)
     WARMUP: float = option(0.05, "Share of training during which the average only copies.", ge=0, le=1)
+    RISING_DECAY: bool = option(False, "Decay 1 - (1 + updates)^(-2/3) until that exceeds DECAY (timm's warm-up).")
     UPDATE_ITER: int = option(1, "Steps between updates.", ge=1)
 
 
 class Model(Section):
+    NAME: str = option(
+        "vision", "Kind of model: vision (a trunk with heads), or one of part discovery (`list model_kinds`)."
+    )
     TRUNK: Trunk = group(Trunk, "The feature network.")
     HEAD: Head = group(Head, "What stands on the features.")
     PARTS: PartsModel = group(PartsModel, "Part discovery: prototypes, masks and the second stage.")

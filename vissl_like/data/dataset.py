@@ -140,7 +140,7 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
         if not label_files and entry.labels and not os.path.isdir(entry.labels) and options.LABEL_TYPE == "standard":
             label_files = [entry.labels]
     _check_label_source(options, split, position, label_files)
-    request = SourceRequest(split, position, name, path, options, data.TRAIN_SPLIT, data.DOWNLOAD)
+    request = SourceRequest(options.USE_SPLIT or split, position, name, path, options, data.TRAIN_SPLIT, data.DOWNLOAD)
     factory = registry.resolve("data_source", kind, key=f"DATA.{split}.DATA_SOURCES")
     return _Opened(factory.build(request), label_files)
 
