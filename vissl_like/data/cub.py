@@ -15,6 +15,7 @@ import numpy as np
 from vissl_like.config.schema_data import TrainSplit
 from vissl_like.core import rng
 from vissl_like.data.annotated import ImageFiles, required_folder
+from vissl_like.data.decode import Unreadable, read_image
 from vissl_like.data.source import SourceRequest
 from vissl_like.data.tables import Table, aligned, read_table
 from vissl_like.errors import ConfigError, DataError
@@ -130,6 +131,7 @@ class CubSource(ImageFiles):
     ) -> None:
         self.folder, self.rows = folder, rows
         self._mask_folder = mask_folder or "segmentations"
+        self._num_part_ids = 5
         paths = [f"{image_folder}/{folder.paths[row]}" for row in rows]
         self._refuse_missing(folder, rows, paths)
         super().__init__(folder.root, paths, folder.labels[rows], name=name, class_names=folder.class_names)
@@ -176,6 +178,15 @@ class CubSource(ImageFiles):
         """Grey image, above 0 where the bird is."""
         path = Path(self.folder.root, self._mask_folder, self.folder.paths[self.rows[row]])
         return str(path.with_suffix(".png"))
+
+    def part_masks(self, row: int) -> np.ndarray:
+        """bool (G, H, W) from part_segmentations/, grey images of part ids 1 to G; CUB itself has none, toy birds have."""
+        path = Path(self.folder.root, "part_segmentations", self.folder.paths[self.rows[row]]).with_suffix(".png")
+        try:
+            ids = np.asarray(read_image(str(path)).convert("L"))
+        except Unreadable as reason:
+            raise DataError(f"{path}: these part ids cannot be read ({reason}).") from reason
+        return ids[None] == np.arange(1, self._num_part_ids + 1)[:, None, None]
 
 
 class WaterbirdsSource(ImageFiles):
