@@ -354,6 +354,9 @@ def test_attention_pooling_is_attention_of_one_query() -> None:
 def test_cnns_keep_their_own_pooling(name: str) -> None:
     model = build("pooled", {"NAME": name}, size=64, POOLING_TYPE="gap")
     assert model(images(2, (64, 64))).shape == (2, 5)
+    if name.startswith("timm"):
+        deep = build("pooled", {"NAME": name}, size=64, POOLING_TYPE="gap", DROP_PATH_STAGE_1=0.2)
+        assert deep.trunk.backbone.layer4[-1].drop_path.drop_prob == pytest.approx(0.2)
 
 
 # --------------------------------------------------------------------------------------------------------------- roles

@@ -80,14 +80,18 @@ def _decoupled(request: _Request) -> Decoupled:
 
 
 def _pooled(request: _Request) -> PooledModel:
-    kind = request.model.PARTS.POOLING_TYPE
-    library = request.model.TRUNK.NAME.partition("/")[0]
-    trunk = request.trunk(request.model.TRUNK, stage=1) if library in ("timm", "hf") else None
+    options, section = request.model.PARTS, request.model.TRUNK
+    library = section.NAME.partition("/")[0]
+    trunk = request.trunk(section, stage=1) if library in ("timm", "hf") else None
     if isinstance(trunk, TokenTrunk):
-        return PooledModel(trunk, kind=kind, num_classes=request.num_classes, width=trunk.width)
-    plain = build_trunk(request.model.TRUNK)
+        return PooledModel(trunk, kind=options.POOLING_TYPE, num_classes=request.num_classes, width=trunk.width)
+    if options.DROP_PATH_STAGE_1:
+        section = section.model_copy(
+            update={"OPTIONS": {"drop_path_rate": options.DROP_PATH_STAGE_1} | section.OPTIONS}
+        )
+    plain = build_trunk(section)
     width = plain.feature_shapes([FLATTEN], image_size=request.image_size)[FLATTEN][0]
-    return PooledModel(plain, kind=kind, num_classes=request.num_classes, width=width)
+    return PooledModel(plain, kind=options.POOLING_TYPE, num_classes=request.num_classes, width=width)
 
 
 #: Kind of model -> what makes it.
