@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vissl_like.data.decode import Unreadable, read_bytes, read_image
-from vissl_like.data.source import PathTable, SourceRequest, SubsetSource, file_sizes
+from vissl_like.data.source import PathTable, Source, SourceRequest, SubsetSource, file_sizes
 from vissl_like.errors import ConfigError, DataError
 
 
@@ -83,6 +83,23 @@ def read_mask(file: str) -> np.ndarray:
         return np.asarray(read_image(file).convert("L")) > 0
     except Unreadable as reason:
         raise DataError(f"{file}: this mask cannot be read ({reason}).") from reason
+
+
+def refuse_missing_masks(source: Source, *, key: str) -> None:
+    """Raises DataError unless every row's mask is there. What is in the files is seen when they are read."""
+    whole, rows = (source.whole, source.rows) if isinstance(source, SubsetSource) else (source, range(len(source)))
+    if not len(rows):
+        return
+    if not hasattr(whole, "mask_file"):
+        annotation(source, "mask", 0)
+        return
+    missing = [file for row in rows if not Path(file := whole.mask_file(int(row))).is_file()]
+    if missing:
+        more = f", nor are {len(missing) - 1} more" * (len(missing) > 1)
+        raise DataError(
+            f"{missing[0]}: this mask is not there{more}. Every image needs one; set {key}.MASK_SUB_PATH to the folder of "
+            "the masks."
+        )
 
 
 def required_folder(request: SourceRequest) -> Path:

@@ -14,6 +14,7 @@ from vissl_like import registry
 from vissl_like.config.schema_data import Data, Split
 from vissl_like.core import distributed
 from vissl_like.data import catalog
+from vissl_like.data.annotated import refuse_missing_masks
 from vissl_like.data.folder import FilelistSource, folder_classes
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.labels import Labels, join_labels, multi_hot, parse_labels, read_labels, read_siblings, renumber
@@ -42,12 +43,13 @@ def build_dataset(
     input_type: str = "rgb",
     run_dir: Path | None = None,
     class_names: list[str] | None = None,
+    with_masks: bool = False,
 ) -> ImageDataset:
     """The dataset of TRAIN, VAL or TEST.
 
     `train`: it will be trained on, so it must have labels. `input_type`: MODEL.INPUT_TYPE. `run_dir`: where
     bad_images.txt goes. Named classes of VAL and TEST are numbered as in TRAIN (or by `class_names`), even if some are
-    missing there.
+    missing there. `with_masks`: samples carry the masks of their objects, of which none may be missing.
     """
     options: Split = getattr(data, split)
     _check_lists(options, split)
@@ -57,9 +59,12 @@ def build_dataset(
         input_type=input_type,
         augment_on_device=augments_on_device(data),
         use_reduced=data.REDUCED_DECODE,
+        with_masks=with_masks,
     )
     opened = [_open_source(data, split, position) for position in range(len(options.DATA_SOURCES))]
     source, labels = _choose_rows(opened, options, split)
+    if with_masks:
+        refuse_missing_masks(source, key=f"config.DATA.{split}")
     if split != "TRAIN" and labels is not None and labels.class_names:
         labels = _numbered_as(class_names or _train_class_names(data), labels, split)
     if train and labels is None and views.label_names is None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vissl_like.core import distributed, rng
 from vissl_like.data import badimages
+from vissl_like.data.annotated import annotation
 from vissl_like.data.decode import Encoded, Unreadable
 from vissl_like.data.geometry import Placement
 from vissl_like.data.labels import Labels
@@ -33,7 +34,8 @@ class Sample(NamedTuple):
     """One row as a worker sees it.
 
     data (C, H, W), in memory also as (H, W, C); label int64 () or (K,), -1 without labels; the row that was read, another
-    one if that was unreadable; bad rows met on the way; the random numbers (R,) that the device augments it with.
+    one if that was unreadable; bad rows met on the way; the random numbers (R,) that the device augments it with; the
+    mask of its object, bool (H, W), where it is asked for.
     """
 
     data: torch.Tensor
@@ -41,6 +43,7 @@ class Sample(NamedTuple):
     used: int
     bad: dict[int, str]
     draws: np.ndarray
+    mask: torch.Tensor | None = None
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -120,7 +123,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
     # ----------------------------------------------------------------------------------------- samples
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """Row `item`, or (epoch, row): data (C, H, W), label int64 () or (K,), index, valid, and draws (R,) if any."""
+        """Row `item`, or (epoch, row): data (C, H, W), label int64 () or (K,), index, valid; draws (R,) and mask (H, W)
+        if any.
+        """
         epoch, row = item if isinstance(item, tuple) else (0, item)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -132,6 +137,8 @@ class ImageDataset(torch.utils.data.Dataset):
             "index": row,
             "valid": found.used == row,
         }
+        if found.mask is not None:
+            sample["mask"] = found.mask
         return {**sample, "draws": torch.from_numpy(found.draws)} if len(found.draws) else sample
 
     def sample(self, epoch: int, row: int) -> Sample:
@@ -215,7 +222,7 @@ class ImageDataset(torch.utils.data.Dataset):
         image = self._open(used)
         with rng.sample_scope(self.seed, epoch, row):
             try:
-                data, given = self.views(image)
+                data, given, mask = self._transformed(image, used)
             except TransformFailed as error:
                 size = "x".join(str(side) for side in image.size)
                 raise DataError(
@@ -223,7 +230,24 @@ class ImageDataset(torch.utils.data.Dataset):
                 ) from error
             draws = self.views.draw()
         label = self._label(used) if given is None else np.asarray(given, dtype=np.int64)
-        return Sample(data, label, used, bad, draws)
+        return Sample(data, label, used, bad, draws, mask)
+
+    def _transformed(
+        self, image: Image.Image | Encoded, used: int
+    ) -> tuple[torch.Tensor, int | None, torch.Tensor | None]:
+        """Data, the label if a transform gives it, and the mask if it is asked for."""
+        if not self.views.with_masks:
+            return (*self.views(image), None)
+        assert isinstance(image, Image.Image)
+        mask = annotation(self.source, "mask", used)
+        if mask.shape != (image.height, image.width):
+            raise DataError(
+                f"{self._where(used)}: the image has {image.width}x{image.height} pixels, its mask "
+                f"{mask.shape[1]}x{mask.shape[0]}. A mask must fit its image pixel by pixel; see "
+                f"config.DATA.{self.split}.MASK_SUB_PATH."
+            )
+        data, moved = self.views.together(image, mask)
+        return data, None, moved
 
     def _open(self, row: int) -> Image.Image | Encoded:
         """The image of a row: not yet decoded where that can be done together with what comes next."""

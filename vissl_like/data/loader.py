@@ -45,7 +45,8 @@ def train_batches(
 
     data (B, C, H, W) uint8 or float, label (B,) or (B, K) int64, index (B,) int64, valid (B,) bool, weight (): the
     factor for the micro-batch's mean loss with which the mean over micro-batches and ranks is the mean over the
-    step's rows. draws (B, R) float32 where the device augments: what device_transform takes beside the images.
+    step's rows. draws (B, R) float32 where the device augments: what device_transform takes beside the images. mask
+    (B, H, W) bool where the dataset has them.
     """
     steps = order.steps_per_epoch(len(dataset), batch_per_rank, accumulate, size, drop_last)
     if steps == 0:
@@ -158,6 +159,9 @@ def _read_batch(dataset: ImageDataset, epoch: int, rows: np.ndarray) -> dict[str
     }
     if len(samples[0].draws):
         batch["draws"] = np.stack([sample.draws for sample in samples])
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    if masks:
+        batch["mask"] = torch.utils.data.default_collate(masks)
     return batch
 
 
@@ -219,7 +223,7 @@ def _finished(dataset: ImageDataset, answer: dict[str, Any], *, pin_memory: bool
     if "error" in answer:
         raise answer["error"]
     dataset.record_bad(answer["bad"])
-    batch: dict[str, torch.Tensor] = {"data": answer["data"]}
+    batch: dict[str, torch.Tensor] = {name: answer[name] for name in ("data", "mask") if name in answer}
     for name in ("label", "index", "valid", "draws"):
         if name in answer:
             batch[name] = torch.from_numpy(answer[name])

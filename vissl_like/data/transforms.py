@@ -1,4 +1,5 @@
-"""Our own transforms: what VISSL calls by name and torchvision does not have. Each takes one PIL image, RGB or grey.
+"""Our own transforms: what VISSL calls by name and torchvision does not have. Each takes one PIL image, RGB or grey;
+CropOnMask a mask, too.
 
 Randomness comes from the global generators, which the dataset seeds by (seed, epoch, row) around each call.
 """
@@ -200,6 +201,37 @@ class MNISTImgPil2RGB:
         return square
 
 
+class CropOnMask:
+    """A random crop of `size` (one side, or height and width) that holds some of the mask, any such crop with the same
+    probability; of an image without an object any crop at all.
+    """
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        sides = [int(size)] * 2 if isinstance(size, int | float) else [int(side) for side in size]
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"size={size}: one side or height and width, at least 1")
+        self._size = (sides[0], sides[1])
+
+    def __call__(self, image: Any, mask: Any) -> tuple[Any, Any]:
+        """`image` PIL or (C, H, W), `mask` masks.ObjectMask of the same height and width."""
+        from torchvision.transforms.v2 import functional
+
+        places = np.argwhere(self._holding(mask.is_object().numpy()))
+        top, left = places[int(torch.randint(len(places), [1]))].tolist()
+        return functional.crop(image, top, left, *self._size), functional.crop(mask, top, left, *self._size)
+
+    def _holding(self, mask: np.ndarray) -> np.ndarray:
+        """bool (H - height + 1, W - width + 1): whether the crop that begins there holds some of mask (H, W)."""
+        height, width = self._size
+        if mask.shape[0] < height or mask.shape[1] < width:
+            raise ValueError(
+                f"a crop of {height}x{width} of an image of {mask.shape[0]}x{mask.shape[1]}; Resize it first"
+            )
+        sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.int64).cumsum(1)  # of the rectangle above and left
+        inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        return inside > 0 if mask.any() else np.ones_like(inside, dtype=bool)
+
+
 def rand_augment(
     num_ops: int = 2,
     magnitude: int = 9,
@@ -289,6 +321,7 @@ def _probability(value: float, name: str) -> float:
 
 #: name in TRANSFORMS -> how it is made.
 OWN_TRANSFORMS: dict[str, Any] = {
+    "CropOnMask": CropOnMask,
     "ImgPil2LabTensor": ImgPil2LabTensor,
     "ImgPilColorDistortion": ImgPilColorDistortion,
     "ImgPilGaussianBlur": ImgPilGaussianBlur,

@@ -22,6 +22,7 @@ from PIL import Image
 from vissl_like.data import photometric
 from vissl_like.data.decode import Encoded, Unreadable
 from vissl_like.data.geometry import FusedGeometry, find_fused
+from vissl_like.data.masks import ObjectMask, joint, mask_problems
 from vissl_like.data.transforms import OWN_TRANSFORMS, image_to_uint8, interpolation_mode
 from vissl_like.errors import ConfigError
 from vissl_like.registry import suggest
@@ -117,13 +118,15 @@ class DeviceTransform(torch.nn.Module):
 class Views:
     """What one TRANSFORMS list comes to. `label_names` is set when a transform gives the label (ImgRotatePil).
 
-    `fused` stands for the first steps where images come encoded, for all of them if `is_fused_whole`.
+    `fused` stands for the first steps where images come encoded, for all of them if `is_fused_whole`. `with_masks`: each
+    step takes and gives an image and its mask, see together().
     """
 
-    steps: list[tuple[str, Callable[[Any], Any]]] = field(default_factory=list)
+    steps: list[tuple[str, Callable[..., Any]]] = field(default_factory=list)
     device_transform: DeviceTransform = field(default_factory=DeviceTransform)
     label_names: list[str] | None = None
     fused: FusedGeometry | None = None
+    with_masks: bool = False
 
     @property
     def is_fused_whole(self) -> bool:
@@ -145,9 +148,17 @@ class Views:
                 raise _failed(name, error) from error
             if isinstance(current, tuple):
                 current, label = current
-        if isinstance(current, Image.Image):
-            current = image_to_uint8(current)
-        return (current if self.is_fused_whole else current.as_subclass(torch.Tensor).contiguous()), label
+        return (current if self.is_fused_whole else _as_tensor(current)), label
+
+    def together(self, image: Image.Image, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """One image and the mask of its object, bool (H, W) -> (as by calling, bool (H', W')), moved alike."""
+        current: tuple[Any, ObjectMask] = (image, ObjectMask.of(mask))
+        for name, step in self.steps:
+            try:
+                current = step(*current)
+            except Exception as error:
+                raise _failed(name, error) from error
+        return _as_tensor(current[0]), current[1].is_object().contiguous()
 
     def _begin(self, image: Image.Image | Encoded) -> tuple[Any, int]:
         """What the next step takes, and how many steps are done."""
@@ -165,6 +176,13 @@ class Views:
             return image.image(), 0
         next_takes = made if self.is_fused_whole else Image.fromarray(made.permute(1, 2, 0).numpy())
         return next_takes, self.fused.num_replaced
+
+
+def _as_tensor(image: Any) -> torch.Tensor:
+    """What the last step of a worker gave, as (C, H, W)."""
+    if isinstance(image, Image.Image):
+        return image_to_uint8(image)
+    return image.as_subclass(torch.Tensor).contiguous()
 
 
 def _failed(name: str, error: Exception) -> TransformFailed:
@@ -193,13 +211,20 @@ def build_views(
     input_type: str = "rgb",
     augment_on_device: bool = False,
     use_reduced: bool = False,
+    with_masks: bool = False,
 ) -> Views:
     """The views of a TRANSFORMS list. Raises ConfigError with everything wrong.
 
     `augment_on_device`: colour and blur at the end are left to the device. `use_reduced`: see geometry.FusedGeometry.
+    `with_masks`: the masks of images are moved along.
     """
     views, problems = _assemble(
-        transforms, key=key, input_type=input_type, augment_on_device=augment_on_device, use_reduced=use_reduced
+        transforms,
+        key=key,
+        input_type=input_type,
+        augment_on_device=augment_on_device,
+        use_reduced=use_reduced,
+        with_masks=with_masks,
     )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -213,8 +238,9 @@ def _assemble(
     input_type: str,
     augment_on_device: bool = False,
     use_reduced: bool = False,
+    with_masks: bool = False,
 ) -> tuple[Views, list[str]]:
-    problems: list[str] = []
+    problems = mask_problems(transforms, key=key, with_masks=with_masks)
     made, kind = _make_list(transforms, key=key, kind="pil", problems=problems)
     if input_type == "lab" and not any(entry.get("name") == "ImgPil2LabTensor" for entry in transforms):
         problems.append(f"config.MODEL.INPUT_TYPE='lab': {key} must hold ImgPil2LabTensor, which makes Lab images.")
@@ -229,6 +255,9 @@ def _assemble(
     kept = kept[: len(kept) - len(augment)]
     device = DeviceTransform(divide_by_255=divide, mean=mean, std=std, augment=augment)
     names = makers_of_labels[0].class_names if makers_of_labels else None  # type: ignore[attr-defined]
+    if with_masks:
+        steps = [(name, joint(step)) for name, step in kept]
+        return Views(steps=steps, device_transform=device, with_masks=True), problems
     fused = find_fused([step for _, step in kept], use_reduced=use_reduced)
     return Views(steps=kept, device_transform=device, label_names=names, fused=fused), problems
 
