@@ -110,6 +110,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed(value)
 
 
+def global_numpy() -> np.random.RandomState:
+    """numpy's global generator, a function of the step within a step."""
+    generator: np.random.RandomState = mtrand._rand
+    return generator
+
+
 def seed_model(seed: int) -> None:
     """Seed the initialisation of a model."""
     _seed_globals(mix(_MODEL, seed))

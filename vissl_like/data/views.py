@@ -148,7 +148,8 @@ class Views:
                 raise _failed(name, error) from error
             if isinstance(current, tuple):
                 current, label = current
-        return (current if self.is_fused_whole else _as_tensor(current)), label
+        is_final = self.is_fused_whole and isinstance(current, torch.Tensor)  # in the order in memory that is wanted
+        return (current if is_final else _as_tensor(current)), label
 
     def together(self, image: Image.Image, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """One image and the mask of its object, bool (H, W) -> (as by calling, bool (H', W')), moved alike."""

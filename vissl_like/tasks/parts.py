@@ -161,10 +161,11 @@ def _flatten(counted: Sequence[ClassMetrics], prefix: str) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------------------- terms
 def classification(logits: Tensor, targets: Tensor, options: PartsLoss) -> Tensor:
-    """Cross-entropy of logits (B, C) for labels (B,) or soft targets (B, C), smoothed; or BCE over the classes."""
+    """Cross-entropy of logits (B, C) for labels (B,), smoothed, or targets (B, C) as they are; or BCE over the classes."""
     logits = losses.full(logits)
     if not options.USE_BCE_LOSS:
-        return F.cross_entropy(logits, targets, label_smoothing=options.SMOOTHING)
+        smoothing = options.SMOOTHING if targets.ndim == 1 else 0.0  # mixed targets are smooth already (data/mix.py)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
     wanted = targets.to(logits.dtype) if targets.ndim == 2 else F.one_hot(targets, logits.shape[1]).to(logits.dtype)
     if options.SMOOTHING and targets.ndim == 1:
         wanted = wanted * (1 - options.SMOOTHING) + options.SMOOTHING / logits.shape[1]
