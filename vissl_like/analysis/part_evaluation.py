@@ -6,7 +6,7 @@ same code. K parts; maps (B, K+1, h, w) with the background last; S side of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ PROTOCOLS = {"keypoints": "keypoints", "regression": "keypoints", "foreground": 
 _RANDOM_CELLS, _RANDOM_SHARPNESS = 4, 8.0
 
 
-def framing_of(transforms: list[Mapping[str, Any]], *, key: str) -> Framing:
+def framing_of(transforms: Sequence[Mapping[str, Any]], *, key: str) -> Framing:
     """The frame that TRANSFORMS put images into: Resize of the shorter side, then CenterCrop; else ConfigError."""
     steps = [step for step in transforms if step.get("name") not in ("ToTensor", "ImgToTensor", "Normalize")]
     names = [step.get("name") for step in steps]

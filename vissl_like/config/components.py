@@ -21,6 +21,7 @@ KINDS = {
     "losses": "loss",
     "trunks": "trunk",
     "models": "trunk",
+    "model_kinds": "model",
     "heads": "head",
     "optimizers": "optimizer",
     "tasks": "task",

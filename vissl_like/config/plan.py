@@ -15,7 +15,7 @@ from typing import Any
 from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Schedule
 from vissl_like.data.order import steps_per_epoch, unused_rows
-from vissl_like.optim.scaling import child_schedules, scale_factor, scale_schedule
+from vissl_like.optim.scaling import child_schedules, normalized_weight_decay, scale_factor, scale_schedule
 
 PLAN_FILE = "plan.json"
 _LR = "OPTIMIZER.PARAM_SCHEDULERS.LR"
@@ -48,6 +48,7 @@ class Plan:
     num_threads: int
     lr: Schedule
     lr_head: Schedule
+    weight_decay: float
     rows: tuple[PlanRow, ...]
     warnings: tuple[str, ...] = ()
 
@@ -81,6 +82,7 @@ def make_plan(
     batch, accumulate = config.DATA.TRAIN.BATCHSIZE_PER_REPLICA, config.OPTIMIZER.ACCUMULATE_STEPS
     global_batch = batch * num_processes * accumulate
     lr, lr_head, steps, total, warnings = _no_training(config)
+    weight_decay = config.OPTIMIZER.WEIGHT_DECAY
     if engine_name == "train":
         words = f"{batch} x {num_processes} process{'es' * (num_processes > 1)}" + (
             f" x {accumulate} accumulated" * (accumulate > 1)
@@ -89,6 +91,7 @@ def make_plan(
         per_node = batch * local * accumulate
         lr, lr_head, warnings = _learning_rates(config, rows, global_batch=global_batch, per_node=per_node)
         if num_train is not None:
+            weight_decay = _weight_decay(config, rows, num_train=num_train, batch=batch * num_processes)
             steps, total = _steps(config, rows, num_train=num_train, num_processes=num_processes)
     return Plan(
         world_size=num_processes,
@@ -104,9 +107,21 @@ def make_plan(
         num_threads=threads,
         lr=lr,
         lr_head=lr_head,
+        weight_decay=weight_decay,
         rows=tuple(rows),
         warnings=(*_crowding(device, local=local, cores=cores), *warnings),
     )
+
+
+def _weight_decay(config: Config, rows: list[PlanRow], *, num_train: int, batch: int) -> float:
+    """The weight decay in force; `batch` counts the images of all processes, without accumulation."""
+    given, epochs = config.OPTIMIZER.WEIGHT_DECAY, config.OPTIMIZER.NUM_EPOCHS
+    if not config.OPTIMIZER.NORMALIZED_WEIGHT_DECAY:
+        return given
+    used = normalized_weight_decay(given, num_train=num_train, global_batch=batch, num_epochs=epochs)
+    why = f"NORMALIZED_WEIGHT_DECAY: x sqrt(1 / ({max(1, num_train // batch)} batches x {epochs} epochs))"
+    rows.append(PlanRow("OPTIMIZER.WEIGHT_DECAY", f"{given:g}", f"{used:.6g}", why))
+    return used
 
 
 def _crowding(device: str, *, local: int, cores: int) -> list[str]:

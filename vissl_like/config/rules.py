@@ -30,6 +30,7 @@ def name_problems(job: Job) -> Iterator[Problem]:
     config = job.config
     named = [
         ("engine", job.engine_name, "engine_name"),
+        ("model", config.MODEL.NAME, "config.MODEL.NAME"),
         ("task", config.TASK.NAME, "config.TASK.NAME"),
         ("loss", config.LOSS.NAME, "config.LOSS.NAME"),
         ("trunk", config.MODEL.TRUNK.NAME, "config.MODEL.TRUNK.NAME"),

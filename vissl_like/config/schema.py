@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vissl_like.config.schema_data import ClusterFit, Data, ExtractFeatures
 from vissl_like.config.schema_model import Loss, Meters, Model, Optimizer
+from vissl_like.config.schema_parts import EvaluateParts, PartMaps
 from vissl_like.config.section import Section, group, option
 
 
@@ -164,6 +165,8 @@ class Config(Section):
     EXTRACT_FEATURES: ExtractFeatures = group(ExtractFeatures, "Feature extraction.")
     CLUSTERFIT: ClusterFit = group(ClusterFit, "Clustering of features.")
     EVALUATE: Evaluate = group(Evaluate, "Evaluation on features.")
+    PART_MAPS: PartMaps = group(PartMaps, "Drawings of discovered parts.")
+    EVALUATE_PARTS: EvaluateParts = group(EvaluateParts, "Evaluation of discovered parts.")
     NEAREST_NEIGHBOR: NearestNeighbor = group(NearestNeighbor, "Weighted kNN.")
     LINEAR_PROBE: LinearProbe = group(LinearProbe, "Logistic regression on features.")
     LOW_SHOT: LowShot = group(LowShot, "Logistic regression on few labels.")

@@ -14,6 +14,12 @@ class StageTwoTrunk(Section):
 
 class PartsModel(Section):
     NUM_PARTS: int = option(8, "Foreground parts K; the background is one more prototype.", ge=1)
+    PROTOTYPE_INIT: Literal["random", "kmeans"] = option(
+        "random",
+        "kmeans: the background from the borders of training images, parts by clustering what differs from it.",
+    )
+    PROTOTYPE_IMAGES: int = option(400, "PROTOTYPE_INIT=kmeans: training images that are clustered.", ge=1)
+    PROTOTYPE_RESTARTS: int = option(3, "PROTOTYPE_INIT=kmeans: runs, of which the lowest objective counts.", ge=1)
     SOFTMAX_TEMPERATURE: float = option(1.0, "Divides distances (and noise) before the softmax over parts.", gt=0)
     GUMBEL_SOFTMAX: bool = option(True, "Add Gumbel noise to the distances in training.")
     GUMBEL_SOFTMAX_HARD: bool = option(False, "One-hot maps with the gradient of the soft ones (straight-through).")
@@ -110,3 +116,19 @@ class PartsLoss(Section):
     BCE_SUM: bool = option(False, "BCE: sum over classes instead of mean.")
     BCE_TARGET_THRESH: float | None = option(None, "BCE: soft targets above this count as 1, others as 0.")
     BCE_POS_WEIGHT: float | None = option(None, "BCE: weight of positive targets.")
+
+
+class PartMaps(Section):
+    SAVING_PROB: float = option(
+        0.05, "Share of the test batches whose part maps are drawn into RUN.DIR/part_maps.", ge=0, le=1
+    )
+    EVERY_EPOCHS: int = option(10, "Drawn at the tests of every this many epochs, of the first and of the last.", ge=1)
+
+
+class EvaluateParts(Section):
+    PROTOCOLS: list[
+        Literal["classification", "keypoints", "regression", "foreground", "part_masks", "leave_one_out", "thresholds"]
+    ] = option(["classification", "keypoints", "regression", "foreground"], "What is measured on TEST.")
+    BASELINES: bool = option(False, "Also measure random maps (random_*) and annotated part masks (oracle_*).")
+    FIXED_PARTS: list[int] = option([], "leave_one_out: parts that are removed in every run beside the one.")
+    QUANTILES: list[float] = option([0.01, 0.03, 0.05, 0.1], "thresholds: shares of a part's tokens that may be lost.")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vissl_like.analysis.extraction import Loading
 from vissl_like.analysis.meters import MeterGroup, build_meters
 from vissl_like.config.plan import Plan, make_plan, write_plan
 from vissl_like.config.schema import Config, Job
@@ -27,15 +28,16 @@ from vissl_like.core.weights import load_initial_weights
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import close_workers, eval_batches, train_batches
+from vissl_like.engines.part_setup import make_groups, start_prototypes, test_facts
 from vissl_like.errors import ConfigError
 from vissl_like.models.ema import Ema
 from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
-from vissl_like.models.zoo import build_model
 from vissl_like.optim import groups as param_groups
 from vissl_like.optim.schedules import Rates
 from vissl_like.outputs.writers import Writers, read_metrics, rewind
 from vissl_like.registry import resolve
+from vissl_like.tasks.request import TaskRequest
 
 WEIGHTS_REPORT = "weights_report.json"
 
@@ -98,6 +100,9 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     saved = on_main(lambda: find_checkpoint(config, run_dir))
     if saved is None:
         start_weights(model, config, run_dir)
+        if splits.train is not None:
+            reading = Loading(**loading(config, plan), arithmetic=arithmetic(config, plan))
+            start_prototypes(model, splits.train, config, loading=reading, batch=plan.batch_per_rank)
     try:
         if splits.train is None:
             if saved is not None:
@@ -125,7 +130,8 @@ def make_model(config: Config, splits: Splits) -> VisionModel:
     rng.seed_model(config.SEED_VALUE)
     num_classes = max((split.num_classes or 0 for split in (splits.train, splits.test) if split is not None), default=0)
     image = sample_input(splits.any)
-    model = build_model(config.MODEL, num_classes=num_classes or None, image_size=tuple(image.shape[-2:]))
+    build = resolve("model", config.MODEL.NAME, key="MODEL.NAME")
+    model = build(config.MODEL, num_classes=num_classes or None, image_size=tuple(image.shape[-2:]))
     check_inputs(model, splits)
     for name in model.idle_parameters(image.shape[-2:]):  # they would stop DDP, and never change anyway
         model.get_parameter(name).requires_grad_(False)
@@ -224,7 +230,8 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
-    groups = param_groups.make_groups(model, optimization)
+    optimization = optimization.model_copy(update={"WEIGHT_DECAY": plan.weight_decay})
+    groups = make_groups(model, optimization)
     if distributed.is_main():
         log.info("parameter groups\n%s", param_groups.table(groups))
     options = loop_options(config, plan)
@@ -288,13 +295,31 @@ def make_ema(config: Config, model: VisionModel, *, total_steps: int) -> Ema | N
 
 def make_task(config: Config, model: VisionModel, splits: Splits) -> torch.nn.Module:
     """The task of TASK.NAME: model, loss and meters in one module."""
+    make = resolve("task", config.TASK.NAME, key="TASK.NAME")
+    if hasattr(make, "build"):
+        return make.build(model, task_request(config, splits))
     num_outputs = count_outputs(model)
     meters = named_meters(config.METERS, model, num_outputs=num_outputs)
-    make = resolve("task", config.TASK.NAME, key="TASK.NAME")
     build = partial(build_meters, meters, num_heads=num_outputs)
     train_meters: MeterGroup | None = build() if config.METERS.ENABLE_TRAINING_METER else None
     return make(
         model, loss=config.LOSS, train_meters=train_meters, test_meters=build(), largest_label=largest_label(splits)
+    )
+
+
+def task_request(config: Config, splits: Splits) -> TaskRequest:
+    """What a task is told about the run."""
+    test = splits.test
+    names = next((split.class_names for split in (splits.train, test) if split and split.class_names), None)
+    return TaskRequest(
+        loss=config.LOSS,
+        meters=config.METERS,
+        mix=config.DATA.MIX,
+        num_classes=max((split.num_classes or 0 for split in (splits.train, test) if split), default=0) or None,
+        class_names=names or (),
+        largest_label=largest_label(splits),
+        facts=test_facts(test, splits.train),
+        image_size=tuple(sample_input(splits.any).shape[-2:]),
     )
 
 

@@ -21,6 +21,7 @@ from vissl_like.config.schema_parts import PartsModel
 from vissl_like.errors import ConfigError
 from vissl_like.losses.parts import exact, full
 from vissl_like.models.part_backbones import NAME_KEY, OPTIONS_KEY, MapTrunk, TokenTrunk
+from vissl_like.models.part_inputs import PartInputs
 from vissl_like.models.parts import LINEAR_STD
 
 #: Added to soft masks before their logarithm.
@@ -164,7 +165,7 @@ def check_masked(trunk: MapTrunk | TokenTrunk, options: PartsModel) -> TokenTrun
     return trunk
 
 
-class Decoupled(nn.Module):
+class Decoupled(PartInputs):
     """Stage 2 alone, with given masks: images (B, 3, H, W) and masks (B, H', W') -> logits (B, C).
 
     State keys: trunk._feature_blocks.* and heads.*. With LATE_MASKING the transformer is not masked; the mask multiplies

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vissl_like.config.schema_model import Model
 from vissl_like.config.schema_model import Trunk as TrunkSection
 from vissl_like.errors import ConfigError
+from vissl_like.models.colour import ColourModel
 from vissl_like.models.masked_vit import Decoupled, check_masked
 from vissl_like.models.part_backbones import MapTrunk, TokenTrunk, build_part_trunk
 from vissl_like.models.part_groups import PartModel, freeze
@@ -38,16 +39,42 @@ class _Request:
 
 
 def build_part_model(
-    kind: str, model: Model, *, num_classes: int, image_size: int | tuple[int, int] | None = None
+    kind: str, model: Model, *, num_classes: int | None, image_size: int | tuple[int, int] | None = None
 ) -> PartModel:
     """The model of this kind (a key of PART_MODELS) for images of image_size pixels (side, or height and width).
 
     ConfigError for a backbone that does not fit the kind.
     """
-    request = _Request(model, num_classes, image_size)
-    built = PART_MODELS[kind](request)
+    if num_classes is None:
+        raise ConfigError(f"config.MODEL.NAME={kind!r}: part discovery learns from class labels; the images have none.")
+    built = PART_MODELS[kind](_Request(model, num_classes, image_size))
     freeze(built, model.PARTS)
     return built
+
+
+def single_stage(model: Model, *, num_classes: int | None, image_size: ImageSize = None) -> PartModel:
+    """Parts by prototypes and a classifier on them (PDiscoFormer)."""
+    return build_part_model("parts", model, num_classes=num_classes, image_size=image_size)
+
+
+def two_stage(model: Model, *, num_classes: int | None, image_size: ImageSize = None) -> PartModel:
+    """Parts, and a second transformer that sees their pixels only (iFAM)."""
+    return build_part_model("two_stage", model, num_classes=num_classes, image_size=image_size)
+
+
+def decoupled(model: Model, *, num_classes: int | None, image_size: ImageSize = None) -> PartModel:
+    """A transformer that sees only what given masks let through."""
+    return build_part_model("decoupled", model, num_classes=num_classes, image_size=image_size)
+
+
+def pooled(model: Model, *, num_classes: int | None, image_size: ImageSize = None) -> PartModel:
+    """Baseline of part discovery: one backbone, a pooling (MODEL.PARTS.POOLING_TYPE) and a classifier."""
+    return build_part_model("pooled", model, num_classes=num_classes, image_size=image_size)
+
+
+def local_colour(model: Model, *, num_classes: int | None, image_size: ImageSize = None) -> ColourModel:
+    """Warm-up of a trunk for part discovery without labels: local colours from images with holes."""
+    return ColourModel(build_part_trunk(model.TRUNK, image_size=image_size))
 
 
 def _parts(request: _Request) -> StageOne:

@@ -24,6 +24,7 @@ from vissl_like.config.schema_parts import PartsModel
 from vissl_like.errors import DataError
 from vissl_like.losses.parts import exact
 from vissl_like.models.part_backbones import MapTrunk, TokenTrunk
+from vissl_like.models.part_inputs import PartInputs
 
 THRESHOLD_KEY = "config.MODEL.PARTS.PART_LOGITS_THRESHOLD_PATH"
 #: Standard deviation of new linear layers.
@@ -255,7 +256,7 @@ def read_thresholds(path: str, *, num_parts: int) -> Tensor:
     return torch.tensor([float(table[part]) for part in expected])
 
 
-class StageOne(nn.Module):
+class StageOne(PartInputs):
     """The single-stage model: images (B, 3, H, W) -> PartsOutput.
 
     State keys: trunk._feature_blocks.* and heads.* (see PartLayers).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vissl_like.errors import ConfigError
 from vissl_like.models.part_backbones import NAME_KEY, TokenTrunk
+from vissl_like.models.part_inputs import PartInputs
 from vissl_like.models.parts import LINEAR_STD
 from vissl_like.models.trunk import Trunk
 
@@ -105,7 +106,7 @@ def new_classifier(width: int, num_classes: int) -> nn.Linear:
     return layer
 
 
-class PooledModel(nn.Module):
+class PooledModel(PartInputs):
     """images (B, 3, H, W) -> logits (B, C). A CNN keeps its own pooling (gap). State keys: trunk._feature_blocks.*, heads.*."""
 
     def __init__(self, trunk: Trunk, *, kind: str, num_classes: int, width: int) -> None:

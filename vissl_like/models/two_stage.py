@@ -18,6 +18,7 @@ from vissl_like.config.schema_parts import PartsModel
 from vissl_like.errors import ConfigError
 from vissl_like.models.masked_vit import MaskedHead, TokenMask, check_masked, masked_logits
 from vissl_like.models.part_backbones import MapTrunk, TokenTrunk
+from vissl_like.models.part_inputs import PartInputs
 from vissl_like.models.parts import NO_NOISE, PartLayers, PartNoise, PartsOutput
 
 
@@ -72,7 +73,7 @@ def token_mask(soft: Tensor, hard: Tensor, *, grid: tuple[int, int]) -> TokenMas
     return TokenMask(hard=flat[:, 1] > 0.5, soft=flat[:, 0])
 
 
-class TwoStage(nn.Module):
+class TwoStage(PartInputs):
     """images (B, 3, H, W) -> TwoStageOutput.
 
     State keys: trunk.stage_1._feature_blocks.*, trunk.stage_2._feature_blocks.*, heads.stage_1.* (see PartLayers) and

@@ -38,6 +38,7 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
     "sgd": {"momentum": "MOMENTUM", "nesterov": "NESTEROV"},
     "adam": {"betas": "BETAS", "eps": "EPS"},
     "adamw": {"betas": "BETAS", "eps": "EPS"},
+    "nadam": {"betas": "BETAS", "eps": "EPS"},
     "rmsprop": {"momentum": "MOMENTUM", "eps": "EPS"},
     "lars": {"momentum": "MOMENTUM", "nesterov": "NESTEROV", "trust_coeff": "TRUST_COEFFICIENT"},
 }

@@ -22,6 +22,7 @@ from vissl_like.losses.affine import Affine
 from vissl_like.models.masked_vit import Decoupled
 from vissl_like.models.parts import PartNoise, PartsOutput, StageOne
 from vissl_like.models.two_stage import TwoStage, TwoStageOutput
+from vissl_like.tasks.request import TaskRequest
 
 #: What a model gives for images: the logits of its classifiers, the one that counts first.
 Logits = list[Tensor]
@@ -52,6 +53,19 @@ class Parts(nn.Module):
         count = 2 if isinstance(model, TwoStage) else 1
         self.tested = [ClassMetrics(num_classes, facts=facts, class_names=class_names) for _ in range(count)]
         self.trained = [ClassMetrics(num_classes, class_names=class_names, with_auroc=False) for _ in range(count)]
+
+    @classmethod
+    def build(cls, model: nn.Module, request: TaskRequest) -> Parts:
+        """The task of a run."""
+        assert request.num_classes is not None
+        return cls(
+            model,
+            loss=request.loss,
+            num_classes=request.num_classes,
+            facts=request.facts,
+            class_names=request.class_names,
+            measure_training=request.meters.ENABLE_TRAINING_METER,
+        )
 
     @property
     def draws_in_test(self) -> bool:

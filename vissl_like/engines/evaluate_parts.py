@@ -1,0 +1,213 @@
+"""Engine `evaluate_parts`: what the parts of a trained model are worth, exactly at any number of processes.
+
+TEST is measured; the keypoint regression and the thresholds learn from TRAIN, seen through TEST's transforms.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vissl_like.analysis import part_evaluation
+from vissl_like.analysis.extraction import Loading, outputs
+from vissl_like.analysis.part_evaluation import PROTOCOLS, Measured, framing_of
+from vissl_like.analysis.part_metrics import LogitHistogram
+from vissl_like.analysis.rows import share, spans
+from vissl_like.config.plan import make_plan
+from vissl_like.config.schema import Config, Job
+from vissl_like.core import distributed, rng
+from vissl_like.core.evaluation import evaluate
+from vissl_like.core.on_main import on_main
+from vissl_like.data.dataset import build_dataset, is_used
+from vissl_like.data.images import ImageDataset
+from vissl_like.engines import train
+from vissl_like.engines.train import Splits
+from vissl_like.errors import ConfigError
+from vissl_like.models.parts import StageOne
+from vissl_like.models.two_stage import TwoStage, leave_one_out
+
+log = logging.getLogger(__name__)
+
+THRESHOLDS_FOLDER = "thresholds"
+
+
+def run(job: Job, run_dir: Path) -> dict[str, Any]:
+    """Measure every protocol of EVALUATE_PARTS. Called on every rank."""
+    config = job.config
+    rng.set_determinism(config.MACHINE.DETERMINISTIC)
+    splits = open_splits(config, run_dir)
+    try:
+        return _Evaluation(config, splits, run_dir).run()
+    finally:
+        splits.close()
+
+
+def open_splits(config: Config, run_dir: Path) -> Splits:
+    """TEST, and TRAIN through TEST's transforms if a protocol learns from it."""
+    wanted = set(config.EVALUATE_PARTS.PROTOCOLS)
+    for split in ("TEST", "TRAIN") if wanted & {"regression", "thresholds"} else ("TEST",):
+        if not is_used(config.DATA, split):
+            raise ConfigError(f"config.DATA.{split}.DATA_SOURCES is empty: evaluate_parts needs it.")
+    seen = config.DATA.TRAIN.model_copy(update={"TRANSFORMS": config.DATA.TEST.TRANSFORMS})
+    data = config.DATA.model_copy(update={"TRAIN": seen})
+    build = partial(
+        build_dataset, data, seed=config.SEED_VALUE, input_type=config.MODEL.INPUT_TYPE, run_dir=run_dir, train=True
+    )
+    return Splits(train=build("TRAIN") if is_used(data, "TRAIN") else None, test=build("TEST"))
+
+
+class _Evaluation:
+    """A model, its images, and what is asked of them."""
+
+    def __init__(self, config: Config, splits: Splits, run_dir: Path) -> None:
+        assert splits.test is not None
+        self.config, self.splits, self.run_dir = config, splits, run_dir
+        self.options, self.test = config.EVALUATE_PARTS, splits.test
+        world = distributed.current()
+        device = "gpu" if world.device.type == "cuda" else "cpu"
+        self.plan = make_plan(
+            config, num_processes=world.size, device=device, num_train=None, engine_name="evaluate_parts"
+        )
+        arithmetic = train.arithmetic(config, self.plan)
+        self.loading = Loading(
+            **train.loading(config, self.plan), threads=torch.get_num_threads(), arithmetic=arithmetic
+        )
+        self.annotated = [name for name in self.options.PROTOCOLS if name in PROTOCOLS]
+        key = "config.DATA.TEST.TRANSFORMS"
+        self.framing = framing_of(config.DATA.TEST.TRANSFORMS, key=key) if self.annotated else None
+        self.model = train.make_model(config, splits)
+        if self.annotated and not isinstance(self.model, StageOne | TwoStage):
+            raise ConfigError(
+                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, so of config.EVALUATE_PARTS.PROTOCOLS only "
+                "classification can be measured. Use parts or two_stage."
+            )
+        train.start_weights(self.model, config, run_dir)
+
+    def run(self) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        if "classification" in self.options.PROTOCOLS:
+            results |= self.classification("test")
+        if self.annotated:
+            results |= self.annotations("", lambda dataset: self.found(dataset))
+            results |= self.floor_and_oracle() if self.options.BASELINES else {}
+        if "leave_one_out" in self.options.PROTOCOLS:
+            results |= self.interventions()
+        if "thresholds" in self.options.PROTOCOLS:
+            self.thresholds()
+        self.test.write_bad_images()
+        if distributed.is_main():
+            log.info("%s", "  ".join(f"{name}={value:.2f}" for name, value in results.items()))
+        return results
+
+    def classification(self, prefix: str) -> dict[str, float]:
+        """Accuracies of both stages on TEST."""
+        found = evaluate(
+            train.make_task(self.config, self.model, self.splits),  # type: ignore[arg-type]
+            train.test_feed(self.config, self.test, self.plan)(),
+            to_input=self.test.device_transform,
+            arithmetic=self.loading.arithmetic,
+            seed=self.config.SEED_VALUE,
+            prefix=prefix,
+        )
+        return found or {}
+
+    # ---------------------------------------------------------------------------------------------------- annotations
+    def blocks(self, dataset: ImageDataset) -> list[np.ndarray]:
+        """The rows of this rank, in batches that do not depend on the number of ranks."""
+        world = distributed.current()
+        every = spans(len(dataset), self.config.DATA.TEST.BATCHSIZE_PER_REPLICA)
+        start, stop = share(len(every), rank=world.rank, size=world.size)
+        return [np.arange(*span) for span in every[start:stop]]
+
+    def maps(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """(rows, maps, inner products) of this rank's batches."""
+        blocks = self.blocks(dataset)
+
+        def call(model: Any, images: Tensor) -> dict[str, Tensor]:
+            found = model.stage_one(images)
+            return {"maps": found.maps, "part_dot": found.part_dot}
+
+        batches = self.loading.batches(dataset, blocks)
+        for rows, (_, found) in zip(
+            blocks, outputs(self.model, batches, call, to_input=dataset.device_transform, loading=self.loading)
+        ):
+            yield rows, torch.from_numpy(found["maps"]), torch.from_numpy(found["part_dot"])
+
+    def found(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor]]:
+        return ((rows, maps) for rows, maps, _ in self.maps(dataset))
+
+    def annotations(self, prefix: str, make: Any) -> dict[str, float]:
+        """The annotated protocols for the maps that `make` gives for a split."""
+        fit: Measured | None = None
+        if "regression" in self.annotated and self.splits.train is not None:
+            fit = self.measured(make, self.splits.train, ["regression"])
+        values = part_evaluation.values(self.measured(make, self.test, self.annotated), fit=fit)
+        return {f"{prefix}{name}": value for name, value in values.items()}
+
+    def measured(self, make: Any, dataset: ImageDataset, protocols: Sequence[str]) -> Measured:
+        assert self.framing is not None
+        return part_evaluation.measure(make(dataset), dataset, framing=self.framing, protocols=protocols).join()
+
+    def floor_and_oracle(self) -> dict[str, float]:
+        """What random maps and the annotated parts get."""
+        grid = next(maps.shape[2:] for _, maps in self.found(self.test))
+        parts, seed = self.config.MODEL.PARTS.NUM_PARTS, self.config.SEED_VALUE
+        framing = self.framing
+        assert framing is not None
+
+        def random(dataset: ImageDataset) -> Any:
+            return part_evaluation.random_maps(self.blocks(dataset), num_parts=parts, grid=tuple(grid), seed=seed)
+
+        results = self.annotations("random_", random)
+        if hasattr(self.test.source, "part_masks"):
+            results |= self.annotations(
+                "oracle_",
+                lambda dataset: part_evaluation.annotated_maps(self.blocks(dataset), dataset, framing=framing),
+            )
+        return results
+
+    # -------------------------------------------------------------------------------------------------- interventions
+    def interventions(self) -> dict[str, float]:
+        """Accuracy of stage 2 without each part, beside FIXED_PARTS."""
+        model: Any = self.model
+        if not isinstance(model, TwoStage):
+            raise ConfigError(
+                f"config.EVALUATE_PARTS.PROTOCOLS: leave_one_out takes parts out of the mask of stage 2; "
+                f"config.MODEL.NAME={self.config.MODEL.NAME!r} has none. Use two_stage."
+            )
+        before: Any = model.options
+        results: dict[str, float] = {}
+        for removed in leave_one_out(before.NUM_PARTS, fixed=self.options.FIXED_PARTS):
+            model.options = before.model_copy(update={"REMOVE_PARTS": list(removed)})
+            results |= self.classification("without_" + "_".join(str(part) for part in removed))
+        model.options = before
+        return results
+
+    def thresholds(self) -> None:
+        """Write RUN.DIR/thresholds/<kept share>.json: the logit below which a share of each part's tokens lies."""
+        assert self.splits.train is not None
+        histogram = LogitHistogram(self.config.MODEL.PARTS.NUM_PARTS)
+        for _, maps, part_dot in self.maps(self.splits.train):
+            histogram.add(part_dot, maps)
+        histogram.counts = distributed.all_reduce_sum(torch.from_numpy(histogram.counts)).numpy()
+
+        def write() -> None:
+            folder = self.run_dir / THRESHOLDS_FOLDER
+            folder.mkdir(exist_ok=True)
+            for q in self.options.QUANTILES:
+                found = {str(part): histogram.quantile(part, q) for part in range(len(histogram.counts))}
+                lost = [part for part, value in found.items() if value == float("-inf")]
+                if lost:
+                    log.warning("parts %s own no token of TRAIN: their threshold lets everything pass", ", ".join(lost))
+                plain = {part: max(value, -1e30) for part, value in found.items()}
+                (folder / f"{1 - q:g}.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+
+        on_main(write)
