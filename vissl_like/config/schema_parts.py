@@ -120,9 +120,14 @@ class PartsLoss(Section):
 
 class PartMaps(Section):
     SAVING_PROB: float = option(
-        0.05, "Share of the test batches whose part maps are drawn into RUN.DIR/part_maps.", ge=0, le=1
+        0.05,
+        "Share of the test batches whose part maps are drawn into RUN.DIR/part_maps; the first one always is. 0: none.",
+        ge=0,
+        le=1,
     )
     EVERY_EPOCHS: int = option(10, "Drawn at the tests of every this many epochs, of the first and of the last.", ge=1)
+    HEAT_MAPS: bool = option(False, "Also draw the map of each part by itself.")
+    MAX_IMAGES: int = option(16, "Images of a batch that are drawn.", ge=1)
 
 
 class EvaluateParts(Section):

@@ -16,6 +16,7 @@ import numpy as np
 from vissl_like.outputs.writers import read_metrics
 
 REPORT_FILE = "report.html"
+PART_MAPS_FOLDER = "part_maps"
 
 
 @dataclass
