@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from vissl_like.config.schema import Job
+from vissl_like.config.schema_parts import PartMaps
+from vissl_like.outputs.part_figures import save_part_maps
 from vissl_like.outputs.report import write_report
 from vissl_like.outputs.report_sections import headline_keys, lines_of
 from vissl_like.outputs.run_folder import RunFolder, flatten
@@ -309,3 +312,55 @@ def test_lines_skip_what_is_no_number() -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+def draw_parts(run_dir: Path, *, epoch: int, batch: int) -> None:
+    maps = torch.softmax(torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(epoch)), dim=1)
+    images = np.full((2, 12, 12, 3), 80, np.uint8)
+    save_part_maps(run_dir, images, maps, rows=[3, 4], epoch=epoch, batch=batch, options=PartMaps())
+
+
+def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "eval", engine="evaluate_parts")
+    found = {
+        "nmi": 47.25,
+        "random_nmi": 11.0,
+        "oracle_nmi": 95.5,
+        "keypoint_error": 6.5,
+        "keypoint_error_of_mean": 9.75,
+    }
+    write_json(run_dir / "results.json", {**found, "foreground_iou": 61.0, "epoch0_foreground_iou": 44.0})
+    for epoch, batch in ((1, 0), (10, 0), (10, 2), (10, 5), (10, 9)):
+        draw_parts(run_dir, epoch=epoch, batch=batch)
+    (run_dir / "part_maps" / "0011_00000.jpg").write_bytes(b"without its index")
+    page = Page(write_report(run_dir))
+    assert page.headings[0] == "Parts"
+    block = page.html[page.html.index('id="parts"') : page.html.index('id="results"')]
+    pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", block)
+    files = [f"{name}.jpg" for name in ("0010_00000", "0010_00002", "0010_00005", "0001_00000")]
+    assert [base64.b64decode(data) for data in pictures] == [
+        (run_dir / "part_maps" / name).read_bytes() for name in files
+    ]
+    assert "After epoch 10, test batch 2: " in block and "1 more in" in block and "how it began" in block
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", block)]
+    assert cells[0] == ["", "this model", "before training", "random maps", "annotated parts", "mean position"]
+    assert cells[1][1:] == ["47.2", "–", "11.0", "95.5", "–"]
+    assert cells[2] == ["keypoint error, % of the box ↓", "6.5", "–", "–", "–", "9.8"]
+    assert cells[3] == ["foreground IoU ↑", "61.0", "44.0", "–", "–", "–"]
+
+
+def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:
+    stages = {"STAGES": [{"NAME": "train"}, {"NAME": "measure"}]}
+    run_dir = make_run(tmp_path / "whole", engine="pipeline", PIPELINE=stages)
+    draw_parts(make_run(run_dir / "train"), epoch=8, batch=0)
+    measured = make_run(run_dir / "measure", engine="evaluate_parts")
+    write_json(measured / "results.json", {"ari": 30.0})
+    page = Page(write_report(run_dir))
+    assert "Parts" in page.headings and "After epoch 8" in page.html and "30.0" in " ".join(page.text)
+
+
+def test_an_nmi_of_clusters_is_none_of_parts(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, engine="cluster_features")
+    write_json(run_dir / "results.json", {"nmi": 50.0, "ari": 30.0, "purity": 60.0})
+    assert "Parts" not in Page(write_report(run_dir)).headings

@@ -230,11 +230,13 @@ def _heat(picture: np.ndarray, one: np.ndarray, *, part: int, is_background: boo
 def _number_parts(strip: Image.Image, maps: np.ndarray, *, left: int) -> None:
     """Write the number of each larger part onto it."""
     labels, pen = maps.argmax(axis=0), ImageDraw.Draw(strip)
-    white = {"fill": "#ffffff", "stroke_width": 1, "stroke_fill": "#000000"}
     for part in range(len(maps) - 1):
         if np.count_nonzero(labels == part) >= max(1, NUMBERED_FROM * labels.size):
             x, y = _middle(labels == part)
-            pen.text((left + x, y), str(part), font=_font(12), anchor="mm", **white)
+            place = (left + x, y)
+            pen.text(
+                place, str(part), font=_font(12), anchor="mm", fill="#ffffff", stroke_width=1, stroke_fill="#000000"
+            )
 
 
 def _middle(is_part: np.ndarray) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,17 @@ from typing import Any
 
 from vissl_like.outputs import figures
 from vissl_like.outputs.console import duration
+from vissl_like.outputs.report_html import (
+    as_text,
+    bar_table,
+    data_uri,
+    folded_table,
+    four_digits,
+    image_class,
+    picture,
+    spaced,
+)
+from vissl_like.outputs.report_parts import parts
 from vissl_like.outputs.run_folder import REPORT_FILE, RunFolder, Section, flatten
 from vissl_like.outputs.writers import COORDINATES
 
@@ -40,7 +50,7 @@ def summary_table(run: RunFolder) -> Section | None:
     if not content or not content.get("rows"):
         return None
     notes = "".join(f'<p class="muted">{escape(str(note))}</p>' for note in content.get("notes") or [])
-    return Section(str(content.get("title") or "Summary"), _bar_table(content["columns"], content["rows"]) + notes)
+    return Section(str(content.get("title") or "Summary"), bar_table(content["columns"], content["rows"]) + notes)
 
 
 def results(run: RunFolder) -> Section | None:
@@ -51,11 +61,11 @@ def results(run: RunFolder) -> Section | None:
     # The table of a pipeline already shows the main ones.
     main = [] if (run.path / "table.json").is_file() else headline_keys(values)
     tiles = "".join(
-        f'<div class="tile"><b>{_number(values[key])}</b><span>{escape(_title(key))}</span></div>' for key in main
+        f'<div class="tile"><b>{four_digits(values[key])}</b><span>{escape(spaced(key))}</span></div>' for key in main
     )
-    rows = [f'<td class="k">{escape(key)}</td><td>{_value(value)}</td>' for key, value in values.items()]
+    rows = [f'<td class="k">{escape(key)}</td><td>{as_text(value)}</td>' for key, value in values.items()]
     is_shown = tiles or (run.path / "table.json").is_file()
-    table = _folded_table(("metric", "value"), rows, open_rows=0 if is_shown else OPEN_ROWS, what="all {} metrics")
+    table = folded_table(("metric", "value"), rows, open_rows=0 if is_shown else OPEN_ROWS, what="all {} metrics")
     return Section("Results", (f'<div class="tiles">{tiles}</div>' if tiles else "") + table)
 
 
@@ -83,12 +93,12 @@ def stages(run: RunFolder) -> Section | None:
         style, text = stage.status
         keys = headline_keys(stage.results)[:2]
         numbers = "".join(
-            f"<br><span>{escape(_title(key))} <b>{_number(stage.results[key])}</b></span>" for key in keys
+            f"<br><span>{escape(spaced(key))} <b>{four_digits(stage.results[key])}</b></span>" for key in keys
         )
         picture = next(
             (stage.path / "figures" / name for name in MAIN_FIGURES if (stage.path / "figures" / name).is_file()), None
         )
-        image = f'<img class="{_image_class(picture)}" src="{data_uri(picture)}" alt="">' if picture else ""
+        image = f'<img class="{image_class(picture)}" src="{data_uri(picture)}" alt="">' if picture else ""
         inner = (
             f'<b>{escape(stage.path.name)}</b> <span class="muted">{escape(stage.engine.replace("_", " "))}</span><br>'
             f'<span class="{style}">{escape(text)}</span>{numbers}{image}'
@@ -212,7 +222,7 @@ def evaluation(run: RunFolder) -> Section | None:
         if "top1" in numbers
     ]
     columns = ("", "top-1 %", "top-5 %", "images counted")
-    return Section("Evaluation", _bar_table(columns, rows)) if rows else None
+    return Section("Evaluation", bar_table(columns, rows)) if rows else None
 
 
 MEASUREMENT = re.compile(r"(?P<protocol>knn(_\d+)?|linear|low_shot_\d+)_(?P<what>top1|top5|total)(_(?P<layer>.+))?")
@@ -296,7 +306,7 @@ def weights(run: RunFolder) -> Section | None:
     ]
     columns = ("", "in the model", "in the file", "shape", "shape in the file")
     where = f"<p>From <code>{escape(str(report['source']))}</code></p>"
-    table = _folded_table(columns, tensors, open_rows=0, what="all {} tensors")
+    table = folded_table(columns, tensors, open_rows=0, what="all {} tensors")
     return Section("Weights", where + f'<div class="tiles">{"".join(tiles)}</div>' + notes + table)
 
 
@@ -310,21 +320,21 @@ def configuration(run: RunFolder) -> Section | None:
 
     if not run.job:
         return None
-    given = [f'<td class="k">{escape(key)}</td><td class="k">{_value(v)}</td>' for key, v in run.changes.items()]
+    given = [f'<td class="k">{escape(key)}</td><td class="k">{as_text(v)}</td>' for key, v in run.changes.items()]
     body = (
-        "<h3>Changed from the recipe</h3>" + _folded_table(("option", "value"), given, open_rows=OPEN_ROWS)
+        "<h3>Changed from the recipe</h3>" + folded_table(("option", "value"), given, open_rows=OPEN_ROWS)
         if given
         else '<p class="muted">The recipe as it stands; nothing was changed.</p>'
     )
     base = flatten(defaults())
     changed = [
-        f'<td class="k">{escape(key)}</td><td class="k">{_value(value)}</td>'
-        f'<td class="k muted">{_value(base.get(key))}</td>'
+        f'<td class="k">{escape(key)}</td><td class="k">{as_text(value)}</td>'
+        f'<td class="k muted">{as_text(base.get(key))}</td>'
         for key, value in flatten(run.job).items()
         if value != base.get(key)
     ]
     body += f"<h3>Different from the defaults ({len(changed)})</h3>"
-    body += _folded_table(("option", "value", "default"), changed, open_rows=0, what="show {}")
+    body += folded_table(("option", "value", "default"), changed, open_rows=0, what="show {}")
     return Section("Configuration", body)
 
 
@@ -334,12 +344,12 @@ def inferred(run: RunFolder) -> Section | None:
     if not isinstance(plan, dict) or not (plan.get("rows") or plan.get("warnings")):
         return None
     cells = [
-        f'<td class="k">{escape(str(row["key"]))}</td><td class="k">{_value(row["given"])}</td>'
-        f'<td class="k">{_value(row["used"])}</td><td>{escape(str(row["reason"]))}</td>'
+        f'<td class="k">{escape(str(row["key"]))}</td><td class="k">{as_text(row["given"])}</td>'
+        f'<td class="k">{as_text(row["used"])}</td><td>{escape(str(row["reason"]))}</td>'
         for row in plan.get("rows", [])
     ]
     warnings = "".join(f'<p class="open">{escape(str(warning))}</p>' for warning in plan.get("warnings", []))
-    table = _folded_table(("option", "given", "used", "why"), cells, open_rows=len(cells))
+    table = folded_table(("option", "given", "used", "why"), cells, open_rows=len(cells))
     return Section("Inferred values", warnings + table)
 
 
@@ -351,7 +361,7 @@ def bad_images(run: RunFolder) -> Section | None:
         return None
     rows = [f'<td class="k">{escape(line)}</td>' for line in lines]
     text = f"<p>{len(lines)} could not be read; each was replaced by another image of the data set.</p>"
-    return Section("Bad images", text + _folded_table((), rows, open_rows=OPEN_ROWS))
+    return Section("Bad images", text + folded_table((), rows, open_rows=OPEN_ROWS))
 
 
 def environment(run: RunFolder) -> Section | None:
@@ -360,88 +370,9 @@ def environment(run: RunFolder) -> Section | None:
     if not values:
         return None
     rows = [
-        f'<td class="k">{escape(key)}</td><td class="k">{_value(value)}</td>' for key, value in flatten(values).items()
+        f'<td class="k">{escape(key)}</td><td class="k">{as_text(value)}</td>' for key, value in flatten(values).items()
     ]
-    return Section("Environment", _folded_table((), rows, open_rows=0, what="show {} entries"))
-
-
-def picture(path: Path, caption: str) -> str:
-    """A figure element with the PNG inside the page."""
-    style = "" if _image_class(path) else ' class="natural"'
-    return (
-        f'<figure{style}><img class="{_image_class(path)}" src="{data_uri(path)}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _image_class(path: Path) -> str:
-    """Charts are inverted in dark mode; photographs are not."""
-    return "" if "montage" in path.name else "chart"
-
-
-def _bar_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose percentages carry a bar: columns of numbers that all lie within 0..100 and reach beyond 1."""
-    is_share = []
-    for c in range(len(columns)):
-        numbers = [row[c] for row in rows if isinstance(row[c], int | float)]
-        is_share.append(bool(numbers) and c > 0 and min(numbers) >= 0 and 1 < max(numbers) <= 100)
-    head = "".join(f'<th class="{"n" if c else ""}">{escape(str(name))}</th>' for c, name in enumerate(columns))
-    lines = []
-    for row in rows:
-        cells = [f"<td>{escape(str(row[0]))}</td>"]
-        for c, cell in enumerate(row[1:], 1):
-            has_bar = is_share[c] and isinstance(cell, int | float)
-            bar = f' style="--share:{cell:.1f}%"' if has_bar else ""
-            cells.append(f'<td class="n{" bar" if has_bar else ""}"{bar}>{_cell(cell)}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table class="result"><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def _folded_table(columns: Sequence[str], rows: Sequence[str], *, open_rows: int, what: str = "{} more") -> str:
-    """A table of ready cells; everything beyond `open_rows` rows stands in a fold, called `what`."""
-    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>" if columns else ""
-
-    def table(part: Sequence[str]) -> str:
-        return f'<div class="scroll"><table>{head}{"".join(f"<tr>{row}</tr>" for row in part)}</table></div>'
-
-    shown, hidden = rows[:open_rows], rows[open_rows:]
-    if not hidden:
-        return table(shown) if shown else ""
-    fold = f"<details><summary>{what.format(len(hidden))}</summary>{table(hidden)}</details>"
-    return (table(shown) if shown else "") + fold
-
-
-def _title(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _cell(value: Any) -> str:
-    """One number of a summary table: one decimal."""
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if isinstance(value, float) else escape(str(value))
-
-
-def _number(value: float) -> str:
-    """A number in about four digits."""
-    if isinstance(value, int):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.2f}" if 0.1 <= abs(value) < 10000 else f"{value:.4g}"
-
-
-def _value(value: Any) -> str:
-    """Any leaf as text; long lists are shortened."""
-    if isinstance(value, float):
-        return escape(f"{value:.6g}")
-    if isinstance(value, list) and len(value) > 12 and all(isinstance(item, int | float) for item in value):
-        return escape(f"[{', '.join(f'{item:.4g}' for item in value[:6])}, … {len(value)} numbers]")
-    return escape(str(value))
+    return Section("Environment", folded_table((), rows, open_rows=0, what="show {} entries"))
 
 
 #: The page, top to bottom.
@@ -449,6 +380,7 @@ SECTIONS: tuple[Callable[[RunFolder], Section | None], ...] = (
     summary_table,
     stages,
     stage_clusters,
+    parts,
     evaluation,
     clusters,
     results,
