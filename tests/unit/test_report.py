@@ -346,8 +346,8 @@ def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> N
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", block)]
     assert cells[0] == ["", "this model", "before training", "random maps", "annotated parts", "mean position"]
     assert cells[1][1:] == ["47.2", "–", "11.0", "95.5", "–"]
-    assert cells[2] == ["keypoint error, % of the box ↓", "6.5", "–", "–", "–", "9.8"]
-    assert cells[3] == ["foreground IoU ↑", "61.0", "44.0", "–", "–", "–"]
+    assert cells[2] == ["keypoint error, % of the box\N{NO-BREAK SPACE}↓", "6.5", "–", "–", "–", "9.8"]
+    assert cells[3] == ["foreground IoU\N{NO-BREAK SPACE}↑", "61.0", "44.0", "–", "–", "–"]
 
 
 def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:

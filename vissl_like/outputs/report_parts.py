@@ -98,7 +98,7 @@ def measures_table(results: Mapping[str, Any]) -> str:
         if name == "keypoint_error":
             numbers[MEAN_COLUMN] = results.get(MEAN_KEY)
         if any(isinstance(value, int | float) for value in numbers.values()):
-            rows.append((f"{title} {arrow}", numbers))
+            rows.append((f"{title}\N{NO-BREAK SPACE}{arrow}", numbers))
     if not rows or not any(numbers[COLUMNS[""]] is not None for _, numbers in rows):
         return ""
     order = [*COLUMNS.values(), MEAN_COLUMN]

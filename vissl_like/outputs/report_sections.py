@@ -28,6 +28,8 @@ from vissl_like.outputs.writers import COORDINATES
 #: Parts of metric names that stand in a tile at the top of the results, in this order.
 HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy")
 MAX_TILES = 8
+#: Names of what was measured in training, at another time, or of something that the model is compared with.
+_NOT_THE_RESULT = ("train_", "best_", "random_", "oracle_", "epoch0_", "without_")
 #: Rows of long tables that are shown before the rest is folded away.
 OPEN_ROWS = 12
 
@@ -78,10 +80,10 @@ def headline_keys(values: Mapping[str, Any]) -> list[str]:
 
 
 def _headline_place(key: str) -> int | None:
-    """Where a metric stands in HEADLINE_METRICS by the last part of its name; training and best values stand nowhere."""
+    """Where a metric stands in HEADLINE_METRICS by the last part of its name; values of something else stand nowhere."""
     name = key.rsplit("/", 1)[-1]
     places = [place for place, part in enumerate(HEADLINE_METRICS) if part in name]
-    return places[0] if places and not name.startswith(("train_", "best_")) else None
+    return places[0] if places and not name.startswith(_NOT_THE_RESULT) else None
 
 
 def stages(run: RunFolder) -> Section | None:
