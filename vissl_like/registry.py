@@ -43,6 +43,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "mnist5k": "vissl_like.data.datasets:Mnist5kSource",
         "digits": "vissl_like.data.datasets:DigitsSource",
         "synthetic": "vissl_like.data.synthetic:SyntheticSource",
+        "webdataset": "vissl_like.data.streams:ShardSource",
     },
     "optimizer": {
         "sgd": "torch.optim:SGD",

@@ -16,7 +16,9 @@ class LimitSampling(Section):
 class Split(Section):
     DATASET_NAMES: list[str] = option([], "Name of each source: a catalog entry, a torchvision data set, or free text.")
     DATA_SOURCES: list[str] = option([], "Kind of each source (`list data_sources`). Empty: the split is not used.")
-    DATA_PATHS: list[str] = option([], "Folder or .npy file list of each source. Empty: looked up in the catalog.")
+    DATA_PATHS: list[str] = option(
+        [], "Folder, .npy file list, or shards (folder, pattern, URLs) of each source. Empty: looked up in the catalog."
+    )
     LABEL_SOURCES: list[str] = option(
         [], "Where labels come from: disk_folder, disk_filelist or the data source's name."
     )
@@ -45,6 +47,25 @@ class Split(Section):
     SYNTHETIC_SIZE: int = option(64, "Side of synthetic images in pixels.", ge=1)
 
 
+class Stream(Section):
+    SHUFFLE: Literal["auto", "images", "shards"] = option(
+        "auto",
+        "Training order. images: all images in random order; shards: shards in random order, the images of SHUFFLE_SHARDS "
+        "of them mixed at a time. auto: shards where they are fetched, else images.",
+    )
+    SHUFFLE_SHARDS: int = option(8, "Shards whose images are mixed at a time.", ge=1)
+    CACHE_DIR: str = option(
+        "", "Folder of this machine for fetched shards and lists of samples. Empty: ~/.cache/vissl_like/shards."
+    )
+    CACHE_GB: float = option(50.0, "Room for fetched shards in that folder, in 10^9 bytes.", gt=0)
+    RETRIES: int = option(5, "How often a shard whose connection broke is asked for again.", ge=0)
+    TIMEOUT_S: float = option(60.0, "Seconds that a server may be silent.", gt=0)
+    IMAGE_MEMBER: str = option("", "Extension of the image in a sample, if there are several. Empty: the only image.")
+    LABEL_MEMBER: str = option(
+        "", "What holds the class of a sample: an extension (cls, txt) or json.FIELD. Empty: cls, else json.label."
+    )
+
+
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
@@ -63,6 +84,7 @@ class Data(Section):
     )
     DOWNLOAD: bool = option(False, "Let torchvision data sets download themselves.")
     MAX_BAD_FRACTION: float = option(0.01, "Share of unreadable images above which the run is an error.", ge=0, le=1)
+    STREAM: Stream = group(Stream, "Tar shards (DATA_SOURCES=[webdataset]).")
     TRAIN: Split = group(Split, "Training split.")
     VAL: Split = group(Split, "Validation split, used to choose hyper-parameters of probes. Optional.")
     TEST: Split = group(Split, "Test split: what is evaluated.")
