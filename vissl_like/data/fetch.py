@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import importlib
 import io
 import logging
 import re
@@ -26,6 +27,8 @@ _PIECE = 1 << 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
 #: Answers after which trying again may help; any other 4xx is final.
 _PASSING = (408, 425, 429)
+#: Some stores answer 403 for what is not there.
+_NOTHING = (401, 403, 404, 410)
 #: Servers that refuse HEAD, or signed addresses that hold for GET only.
 _NO_HEAD = (400, 403, 405, 501)
 _EXTRA = 'Install it with: pip install "vissl_like[stream]".'
@@ -51,7 +54,7 @@ def state_of(url: str, *, patience: Patience) -> dict[str, Any]:
 
 
 def read_small(url: str, *, patience: Patience) -> bytes | None:
-    """The whole content, or None if there is nothing (with schemes that cannot tell: also on any other error)."""
+    """The whole content, or None if there is nothing that one may read (with other schemes: also on any other error)."""
     stream = io.BytesIO()
     try:
         download(url, stream, patience=Patience(0, patience.timeout_s) if not _is_http(url) else patience)
@@ -89,7 +92,7 @@ def _trying(attempt: Callable[[], Any], url: str, patience: Patience, *, what: s
         except (OSError, http.client.HTTPException, _Broken) as error:
             reason = _reason(error)
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in _PASSING:
-                raise _final(url, reason) from (_Missing() if error.code in (404, 410) else error)
+                raise _final(url, reason) from (_Missing() if error.code in _NOTHING else error)
             if number == patience.retries:
                 raise DataError(
                     f"{shown(url)}: cannot be {what}, tried {number + 1} times ({reason}). Check the network and the "
@@ -221,7 +224,7 @@ class _Passing:
 
 def _open_by_library(url: str) -> Any:
     try:
-        from webdataset import gopen
+        gopen = importlib.import_module("webdataset.gopen")
     except ImportError as error:
         raise DataError(f"{shown(url)}: this kind of address needs the package webdataset. {_EXTRA}") from error
     try:

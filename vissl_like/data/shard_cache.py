@@ -14,13 +14,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TypeVar
 
 from vissl_like.data.fetch import Patience, download
 from vissl_like.data.shard_names import shown
 from vissl_like.errors import DataError
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _UNUSED_DAYS = 30
@@ -56,6 +59,10 @@ class Cache:
         """Where the list of a shard's samples is kept; `variant`: what else it depends on."""
         return os.path.join(self.folder, f"{_key(place)}-{_key(variant)[:6]}.index")
 
+    def index_pattern(self, place: str) -> str:
+        """All lists of a shard's samples."""
+        return os.path.join(self.folder, f"{_key(place)}-*.index")
+
     @contextlib.contextmanager
     def lock(self, place: str, *, wait: bool = True) -> Iterator[bool]:
         """Alone with a shard among the processes and threads of this machine; False if another has it and `wait` is not
@@ -71,8 +78,8 @@ class Cache:
             os.utime(stream.name)
             yield True  # closing the file gives the lock back
 
-    def fetch(self, url: str, *, digest: str = "") -> tuple[str, str]:
-        """Fetch a shard, within lock(); returns its file and digest. Raises DataError if the digest is another one."""
+    def fetch(self, url: str, *, check: Callable[[IO[bytes], str], T]) -> T:
+        """Fetch a shard, within lock(); returns what check(its open file, digest) gives. If that raises, nothing is kept."""
         part = os.path.join(self.folder, f"{_key(url)}.{os.getpid()}-{threading.get_ident()}.part")
         try:
             with open(part, "w+b") as stream:
@@ -85,11 +92,7 @@ class Cache:
                 stream.truncate(size)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if digest and found != digest:
-                raise DataError(
-                    f"{shown(url)}: is not what it was when its samples were listed, so their number and place are no "
-                    f"longer known. Start the same command again after removing {self.folder}/{_key(url)}-*.index."
-                )
+                result = check(stream, found)
             file = self.content_file(url, found)
             os.replace(part, file)
         except OSError as error:
@@ -97,8 +100,8 @@ class Cache:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-        self.make_room(0, besides=file)
-        return file, found
+        self.make_room(size, besides=file)
+        return result
 
     def content_file(self, url: str, digest: str) -> str:
         """Where a fetched shard lies."""
@@ -174,7 +177,14 @@ class Remote:
             return
         with self.cache.lock(self.url, wait=wait) as is_mine:
             if is_mine and not self._touch():
-                self.cache.fetch(self.url, digest=self.digest)
+                self.cache.fetch(self.url, check=self._refuse_other)
+
+    def _refuse_other(self, stream: IO[bytes], digest: str) -> None:
+        if digest != self.digest:
+            raise DataError(
+                f"{shown(self.url)}: is not what it was when its samples were listed, so their number and place are no "
+                f"longer known. Remove {self.cache.index_pattern(self.url)} and start the same command again."
+            )
 
     def _touch(self) -> bool:
         try:

@@ -119,21 +119,20 @@ class Index:
 
 
 # -------------------------------------------------------------------------------------------- scanning
-def scan(file: str, *, shown: str, members: Members, stamp: dict[str, Any], digest: str = "") -> Index:
-    """The index of a tar file, by one pass over it. `shown`: its name in messages.
+def scan(stream: IO[bytes], *, shown: str, members: Members, stamp: dict[str, Any], digest: str = "") -> Index:
+    """The index of an open tar file, by one pass over it. `shown`: its name in messages.
 
     Raises DataError for a file that is cut off, damaged, compressed or no tar file, and for samples that make no sense.
     """
     samples = _Samples(shown, members)
-    with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        with _opened(stream, shown) as tar:
-            while (entry := _next(tar, shown)) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # so that memory does not grow with the shard
-                samples.add(entry, stream)
-            samples.close(stream)
-            _refuse_bad_end(stream, tar.offset, shown=shown)
-    return samples.index(Facts(size=size, stamp=stamp, digest=digest))
+    stream.seek(0)
+    with _opened(stream, shown) as tar:
+        while (entry := _next(tar, shown)) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # so that memory does not grow with the shard
+            samples.add(entry, stream)
+        samples.close(stream)
+        _refuse_bad_end(stream, tar.offset, shown=shown)
+    return samples.index(Facts(size=os.fstat(stream.fileno()).st_size, stamp=stamp, digest=digest))
 
 
 @contextlib.contextmanager

@@ -49,24 +49,43 @@ def short_names(places: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ names
 def expand_braces(text: str) -> Iterator[str]:
     """a{00..12}b and a{x,y}b, several and nested ones, in the order of a shell; other braces stay."""
-    found = next((match for match in re.finditer(r"\{([^{}]*)\}", text) if _choices(match.group(1))), None)
-    if found is None:
-        yield text
-        return
-    for choice in _choices(found.group(1)) or []:
-        yield from expand_braces(text[: found.start()] + choice + text[found.end() :])
+    for start in (place for place, letter in enumerate(text) if letter == "{"):
+        commas, end = _group(text, start)
+        choices = _choices(text, [start, *commas, end]) if end > 0 else []
+        if choices:
+            for choice in choices:
+                yield from (text[:start] + choice + rest for rest in expand_braces(text[end + 1 :]))
+            return
+    yield text
 
 
-def _choices(body: str) -> list[str] | None:
-    numbers = _RANGE.fullmatch(body)
+def _group(text: str, start: int) -> tuple[list[int], int]:
+    """Where the commas of the brace at `start` are, and where it ends (-1: nowhere)."""
+    depth = 0
+    commas: list[int] = []
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return commas, place
+        if depth == 1 and text[place] == ",":
+            commas.append(place)
+    return [], -1
+
+
+def _choices(text: str, bounds: list[int]) -> list[str]:
+    """What a brace stands for; [] if it is none of these."""
+    parts = [text[left + 1 : right] for left, right in itertools.pairwise(bounds)]
+    if len(parts) > 1:
+        return [choice for part in parts for choice in expand_braces(part)]
+    numbers = _RANGE.fullmatch(parts[0])
     if numbers is None:
-        return body.split(",") if "," in body else None
+        return []
     texts = numbers.group(1), numbers.group(2)
     first, last = map(int, texts)
     step = int(numbers.group(3) or 1) * (1 if first <= last else -1)
     if abs(last - first) >= _MAX_SHARDS:
-        raise ConfigError(f"{{{body}}}: names more than {_MAX_SHARDS} shards.")
-    is_padded = any(text.lstrip("-").startswith("0") and len(text.lstrip("-")) > 1 for text in texts)
+        raise ConfigError(f"{{{parts[0]}}}: names more than {_MAX_SHARDS} shards.")
+    is_padded = any(number.lstrip("-").startswith("0") and len(number.lstrip("-")) > 1 for number in texts)
     width = max(map(len, texts)) if is_padded else 0
     return [f"{number:0{width}d}" for number in range(first, last + (1 if step > 0 else -1), step)]
 

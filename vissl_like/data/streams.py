@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -15,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -85,8 +86,8 @@ class ShardSource:
         key = f"{request.key('DATA_PATHS')}[{request.position}]"
         places = shard_names.shards_of(request.path, key=key)
         cache = _cache_of(places, request.stream)
-        about = _about(places, cache.patience)
         shards = open_shards(places, cache=cache, members=_members_of(request.stream))
+        about = _about(places, cache.patience)
         _check(shards, about, key=key)
         window = _window_of(shards, request.stream)
         return cls(shards, name=request.name or "webdataset", window=window, class_names=about.class_names)
@@ -139,12 +140,14 @@ class ShardSource:
         shard = self._shards[number]
         offset, size = shard.index.place(inner)
         try:
-            data = _read_at(self._descriptor(number), offset, size)
+            descriptor = self._descriptor(number)
+            data = _read_at(descriptor, offset, size)
+            end = os.fstat(descriptor).st_size if len(data) < size else 0
         except OSError as error:
             raise DataError(f"{shown(shard.place)}: cannot be read at byte {offset} ({error.strerror}).") from error
         if len(data) < size:
             raise DataError(
-                f"{shown(shard.place)}: ends at byte {offset + len(data)}, within {shard.index.name(inner)!r}: it was cut "
+                f"{shown(shard.place)}: ends at byte {end}, before or within {shard.index.name(inner)!r}: it was cut "
                 "off while the run was reading. Copy or write this shard again, then start the same command."
             )
         return data
@@ -237,13 +240,13 @@ class _Opener:
         began, stamp = time.time(), _stamp(os.stat(place))
         is_settled = max(stamp["mtime"], stamp["ctime"]) / 1e9 < began - _SETTLED_S
         if not self._cache.folder or not is_settled:
-            return Shard(place, self._scan(place, place, stamp))
+            return Shard(place, self._scan_file(place, stamp))
         index = self._kept(place, stamp)
         if index is None:
             with self._cache.lock(place, wait=wait) as is_mine:
                 if not is_mine:
                     return None
-                index = self._kept(place, stamp) or self._keep(place, self._scan(place, place, stamp))
+                index = self._kept(place, stamp) or self._keep(place, self._scan_file(place, stamp))
         return Shard(place, index)
 
     def _remote(self, url: str, wait: bool) -> Shard | None:
@@ -255,16 +258,20 @@ class _Opener:
                     return None
                 index = self._kept(url, stamp)
                 if index is None:
-                    content, digest = self._cache.fetch(url)
-                    index = self._keep(url, self._scan(url, content, stamp, digest))
+                    found = self._cache.fetch(url, check=functools.partial(self._scan, url, stamp))
+                    index = self._keep(url, found)
         return Shard(url, index, Remote(url, index.facts.size, index.facts.digest, self._cache))
 
-    def _scan(self, place: str, file: str, stamp: dict[str, Any], digest: str = "") -> Index:
+    def _scan_file(self, place: str, stamp: dict[str, Any]) -> Index:
+        with open(place, "rb") as stream:
+            return self._scan(place, stamp, stream)
+
+    def _scan(self, place: str, stamp: dict[str, Any], stream: IO[bytes], digest: str = "") -> Index:
         self._done += 1
         if time.monotonic() - self._said > _REPORT_EVERY_S:
             self._said = time.monotonic()
             _log.info("listed the samples of %d shards (of %d); now %s", self._done - 1, self._count, shown(place))
-        return scan(file, shown=shown(place), members=self._members, stamp=stamp, digest=digest)
+        return scan(stream, shown=shown(place), members=self._members, stamp=stamp, digest=digest)
 
     def _index_file(self, place: str) -> str:
         return self._cache.index_file(place, variant=repr(self._members))
@@ -325,8 +332,9 @@ def _check(shards: Sequence[Shard], about: shard_names.About, *, key: str) -> No
     first = next((shard for shard in shards if shard.index.facts.without_image), None)
     example = f"{first.index.facts.first_without!r} in {shown(first.place)}" if first else ""
     if not sum(len(shard.index) for shard in shards):
-        what = f"{without} samples, but none has an image, for example {example}" if without else "no sample at all"
-        raise DataError(f"{key}: {len(shards)} shards hold {what}. config.DATA.STREAM.IMAGE_MEMBER names the member.")
+        what = f"{without} samples, but none has an image, for example {example}" if without else "no samples"
+        names = shown(shards[0].place) + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+        raise DataError(f"{key}: {names}: {what}. config.DATA.STREAM.IMAGE_MEMBER names the member.")
     if without:
         _log.warning("%s: %d samples have no image and are left out, for example %s.", key, without, example)
     for shard in shards:
