@@ -74,14 +74,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def status(self, orders: dict[str, Any], with_content: bool) -> int:
         if not with_content and not orders["head"]:
             return 405
-        if ".tar" in self.path and self.counts["fail_times"] < orders["fail_times"]:
+        if self.is_shard() and self.counts["fail_times"] < orders["fail_times"]:
             self.counts["fail_times"] += 1
             return 503
         return orders["status"]
 
+    def is_shard(self) -> bool:
+        return self.path.partition("?")[0].endswith(".tar")
+
     def send(self, data: bytes, orders: dict[str, Any]) -> None:
         cut = orders["break_after"]
-        if 0 <= cut < len(data) and self.counts["break_times"] < orders["break_times"] and ".tar" in self.path:
+        if 0 <= cut < len(data) and self.counts["break_times"] < orders["break_times"] and self.is_shard():
             self.counts["break_times"] += 1
             self.wfile.write(data[:cut])
             self.close_connection = True
@@ -104,7 +107,11 @@ class Server:
         """(path, first byte, status) of each request."""
         file = self.state / "log"
         lines = [line.split(" ") for line in file.read_text().splitlines()] if file.exists() else []
-        return [(path, int(start), int(status)) for m, path, start, status in lines if m == method and suffix in path]
+        return [
+            (path, int(start), int(status))
+            for m, path, start, status in lines
+            if m == method and path.partition("?")[0].endswith(suffix)
+        ]
 
     def forget(self) -> None:
         (self.state / "log").unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from vissl_like.data.sharding import Sharding
 from vissl_like.data.source import ConcatSource, SourceRequest, SubsetSource
 from vissl_like.data.streams import ShardSource
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.launch.main import main
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +141,30 @@ def test_a_page_instead_of_a_shard_and_a_truncated_one(server: Server, tmp_path:
     os.truncate(tmp_path / "www" / "s-3.tar", 2000)
     with pytest.raises(DataError, match=r"s-3\.tar: cut off"):
         source(f"{server.url}/s-{{0..5}}.tar")
+
+
+def test_with_published_lists_shards_are_fetched_when_they_are_read(server: Server, tmp_path: Path) -> None:
+    www = tmp_path / "www"
+    assert main(["data", "index", f"{www}/s-{{0..4}}.tar"]) == 0
+    before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in www.glob("*.index")}
+    assert main(["data", "index", f"{www}/s-{{0..4}}.tar"]) == 0  # a second time finds nothing to do
+    assert before == {file.name: (file.stat().st_ino, file.read_bytes()) for file in www.glob("*.index")}
+    found = source(f"{server.url}/s-{{0..5}}.tar")
+    assert [path for path, _, _ in server.log()] == ["/s-5.tar"]  # it has none
+    assert len(found) == ROWS and found.read(8) == png(8) and len(server.log()) == 2
+    write_tar(www / "s-0.tar", samples(20, start=100))  # of another size than its list says
+    assert source(f"{server.url}/s-0.tar").read(19) == png(119)
+    (www / "s-3.tar").write_bytes((www / "s-3.tar").read_bytes().replace(b"\x89PNG", b"PNG\x89"))
+    with pytest.raises(DataError, match="is not what it was when its samples were listed.*the .index beside the shard"):
+        source(f"{server.url}/s-3.tar").read(0)
+    (www / "s-2.tar.index").write_bytes(before["s-2.tar.index"][1][:-3])
+    assert source(f"{server.url}/s-2.tar").read(0) == png(15)
+
+
+def test_lists_are_written_beside_files_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "index", "http://host/a.tar"]) == 2 and main(["data", "index"]) == 2
+    assert main(["data", "index", "nowhere.tar"]) == 3
+    assert "written beside local files" in capsys.readouterr().err
 
 
 def test_class_names_from_shards_json_beside(server: Server, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Other schemes are left to the webdataset library, which runs the usual commands 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import importlib
 import io
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from vissl_like.data.shard_index import new_digest
 from vissl_like.data.shard_names import shown
 from vissl_like.errors import DataError
 
@@ -171,7 +171,7 @@ class _Passing:
         self._begin()
 
     def _begin(self) -> None:
-        self.done, self.digest = 0, hashlib.blake2b(digest_size=16)
+        self.done, self.digest = 0, new_digest()
         self._target.seek(0)
         self._target.truncate()
 

@@ -183,7 +183,8 @@ class Remote:
         if digest != self.digest:
             raise DataError(
                 f"{shown(self.url)}: is not what it was when its samples were listed, so their number and place are no "
-                f"longer known. Remove {self.cache.index_pattern(self.url)} and start the same command again."
+                f"longer known. Remove {self.cache.index_pattern(self.url)} and, if there is one, the .index beside the shard, "
+                "then start the same command again."
             )
 
     def _touch(self) -> bool:

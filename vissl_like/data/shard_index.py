@@ -15,7 +15,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _PICKLED = ("pyd", "pickle", "pkl", "pth")
 _PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+#: Added to the name of a shard: its published index.
+PUBLISHED = ".index"
 _END_BYTES = 1 << 20
 _BLOCK = 512
 #: Columns of the table.
@@ -101,6 +103,10 @@ class Index:
         table = self._arrays.table
         start = int(table[row - 1, column]) if row else 0
         return texts[start : int(table[row, column])].tobytes().decode("utf-8", "surrogateescape")
+
+    def known_by(self, stamp: dict[str, Any]) -> Index:
+        """The same rows of a shard that is recognised by something else."""
+        return Index(replace(self.facts, stamp=stamp), self._arrays)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -312,6 +318,32 @@ class _Samples:
 
 
 # -------------------------------------------------------------------------------------------- keeping
+def stamp_of(state: os.stat_result) -> dict[str, Any]:
+    """What a local shard is recognised by."""
+    return {"size": state.st_size, "mtime": state.st_mtime_ns, "ctime": state.st_ctime_ns, "inode": state.st_ino}
+
+
+def publish(file: str) -> Index:
+    """The index of a local shard, written beside it for those who will fetch the shard. Raises DataError, OSError."""
+    target, there = file + PUBLISHED, None
+    if os.path.exists(target) and os.stat(target).st_mtime_ns > os.stat(file).st_mtime_ns:
+        with open(target, "rb") as stream:
+            there = parse_index(stream.read(), members=Members())
+    if there is not None and there.facts.size == os.stat(file).st_size:
+        return there
+    with open(file, "rb") as stream:
+        digest = new_digest()
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+        index = scan(stream, shown=file, members=Members(), stamp={}, digest=digest.hexdigest())
+    return write_index(index, target, members=Members())
+
+
+def new_digest() -> Any:
+    """The hash that tells the content of a shard."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def _token_of(arrays: _Arrays) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for values in arrays:
@@ -344,17 +376,33 @@ def read_index(file: str, *, members: Members, stamp: dict[str, Any]) -> Index |
     """The index in a file, if there is one, whole, of these members, and the shard is still what it was."""
     # A file of another version or torn by a crash of the machine: all the same, not used.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        header, arrays = _map(file)
-        facts = Facts(**header["facts"])
-        if header["members"] == asdict(members) and facts.stamp == stamp and _token_of(arrays) == facts.token:
+        found = _checked(_map(file), members)
+        if found is not None and found.facts.stamp == stamp:
             os.utime(file)
-            return Index(facts, None, file=file)
+            return Index(found.facts, None, file=file)
     return None
+
+
+def parse_index(content: bytes, *, members: Members) -> Index | None:
+    """The index that was published beside a shard, if it is one of these members."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return _checked(_parse(content), members)
+    return None
+
+
+def _checked(found: tuple[dict[str, Any], _Arrays], members: Members) -> Index | None:
+    header, arrays = found
+    facts = Facts(**header["facts"])
+    is_whole = _token_of(arrays) == facts.token and facts.rows == len(arrays.table)
+    return Index(facts, arrays) if is_whole and header["members"] == asdict(members) else None
 
 
 def _map(file: str) -> tuple[dict[str, Any], _Arrays]:
     with open(file, "rb") as stream:
-        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return _parse(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _parse(content: bytes | mmap.mmap) -> tuple[dict[str, Any], _Arrays]:
     if content[:8] != _MAGIC:
         raise ValueError("not an index")
     offset = 16 + int.from_bytes(content[8:16], "little")

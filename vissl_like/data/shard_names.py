@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -189,9 +189,18 @@ def parse_about(text: bytes, *, where: str) -> About:
 
 def about_place(place: str) -> str:
     """Where the shards.json beside a shard would be; "" beside a command."""
+    return _beside(place, lambda path: f"{path.rpartition('/')[0]}/{ABOUT_FILE}")
+
+
+def index_place(place: str) -> str:
+    """Where the published index of a shard would be; "" beside a command."""
+    return _beside(place, lambda path: path + ".index")
+
+
+def _beside(place: str, rename: Callable[[str], str]) -> str:
     if not is_url(place):
-        return os.path.join(os.path.dirname(place), ABOUT_FILE)
+        return rename(place)
     if place.startswith("pipe:"):
         return ""
     parts = urlsplit(place)
-    return parts._replace(path=parts.path.rpartition("/")[0] + "/" + ABOUT_FILE).geturl()
+    return parts._replace(path=rename(parts.path)).geturl()

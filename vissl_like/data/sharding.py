@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vissl_like.core import rng
 from vissl_like.data.shard_cache import Remote
 
 #: A released shard may still be in use by a slower loader process: so many batches later it should not.
@@ -57,6 +56,8 @@ class Sharding:
         The shards are put in random order and taken `window` at a time; within each such window the rows of its shards
         follow each other as they do in the random order of all rows.
         """
+        from vissl_like.core import rng  # needs torch, which what only lists images does without
+
         rows = rng.permutation(seed, epoch, len(self.shard_of))
         if self.window == 0:
             return rows

@@ -16,7 +16,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vissl_like.data.listing import Listing, digest_of, list_folder
+from vissl_like.data.shard_index import PUBLISHED, publish
 from vissl_like.data.shrink_files import PART, Outcome, Settings, shrink_files, shrink_shard, write_file, writing
 from vissl_like.errors import ConfigError, DataError
 
@@ -34,11 +34,11 @@ _FILES_PER_TASK = 16
 
 
 def _describe_shards(target: Path, listing: Listing) -> None:
-    """Write shards.json: the images in each shard, and the names of the classes."""
+    """Write shards.json: the images in each shard, and the names of the classes; and the list of each shard's samples."""
     counts: dict[str, int] = {}
     for file in sorted(target.glob("shard-*.tar")):
-        with tarfile.open(file) as shard:
-            counts[file.name] = sum(name.endswith(".json") for name in shard.getnames())
+        with writing(str(file) + PUBLISHED):
+            counts[file.name] = len(publish(str(file)))
     shards = [{"file": name, "images": count} for name, count in counts.items()]
     about = {"images": sum(counts.values()), "class_names": listing.class_names, "shards": shards}
     write_file(str(target / SHARDS_FILE), json.dumps(about, indent=1).encode())
@@ -193,7 +193,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vissl-like data",
-        description="shrink SRC DST: a smaller copy of a folder of images. Started again, it goes on where it was.",
+        description="shrink SRC DST: a smaller copy of a folder of images. Started again, it goes on where it was. "
+        "(index SHARDS: see `vissl-like data index --help`.)",
     )
     parser.add_argument("verb", choices=["shrink"], help="what to do")
     parser.add_argument("source", metavar="SRC", help="folder of images, with sub-folders")

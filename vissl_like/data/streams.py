@@ -26,7 +26,7 @@ from vissl_like.core import distributed
 from vissl_like.data import fetch, shard_names
 from vissl_like.data.decode import read_image
 from vissl_like.data.shard_cache import Cache, Remote, writable
-from vissl_like.data.shard_index import Index, Members, read_index, scan, write_index
+from vissl_like.data.shard_index import Index, Members, parse_index, read_index, scan, stamp_of, write_index
 from vissl_like.data.shard_names import is_url, shown
 from vissl_like.data.sharding import Sharding
 from vissl_like.data.source import SourceRequest, unicode_array
@@ -56,7 +56,7 @@ class Shard:
             found = os.open(self.place, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{self.place}: this shard cannot be opened any more ({error.strerror}).") from error
-        if _stamp(os.fstat(found)) != self.index.facts.stamp:
+        if stamp_of(os.fstat(found)) != self.index.facts.stamp:
             os.close(found)
             raise DataError(
                 f"{self.place}: this shard changed while the run was reading. Start the same command again."
@@ -237,7 +237,7 @@ class _Opener:
         return found
 
     def _local(self, place: str, wait: bool) -> Shard | None:
-        began, stamp = time.time(), _stamp(os.stat(place))
+        began, stamp = time.time(), stamp_of(os.stat(place))
         is_settled = max(stamp["mtime"], stamp["ctime"]) / 1e9 < began - _SETTLED_S
         if not self._cache.folder or not is_settled:
             return Shard(place, self._scan_file(place, stamp))
@@ -258,9 +258,20 @@ class _Opener:
                     return None
                 index = self._kept(url, stamp)
                 if index is None:
-                    found = self._cache.fetch(url, check=functools.partial(self._scan, url, stamp))
+                    found = self._published(url, stamp)
+                    if found is None:
+                        found = self._cache.fetch(url, check=functools.partial(self._scan, url, stamp))
                     index = self._keep(url, found)
         return Shard(url, index, Remote(url, index.facts.size, index.facts.digest, self._cache))
+
+    def _published(self, url: str, stamp: dict[str, Any]) -> Index | None:
+        """The index beside a shard, where there is one that fits; then the shard itself is fetched when it is needed."""
+        place = shard_names.index_place(url)
+        content = fetch.read_small(place, patience=self._cache.patience) if place else None
+        index = parse_index(content, members=self._members) if content else None
+        if index is None or not index.facts.digest or index.facts.size != stamp.get("size", index.facts.size):
+            return None
+        return index.known_by(stamp)
 
     def _scan_file(self, place: str, stamp: dict[str, Any]) -> Index:
         with open(place, "rb") as stream:
@@ -289,10 +300,6 @@ class _Opener:
                 f"config.DATA.STREAM.CACHE_DIR={self._cache.folder!r}: the list of a shard's samples cannot be kept there "
                 f"({error.strerror}). Name a folder with more room."
             ) from error
-
-
-def _stamp(state: os.stat_result) -> dict[str, Any]:
-    return {"size": state.st_size, "mtime": state.st_mtime_ns, "ctime": state.st_ctime_ns, "inode": state.st_ino}
 
 
 def _about(places: Sequence[str], patience: fetch.Patience) -> shard_names.About:

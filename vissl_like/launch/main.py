@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])
+        if arguments[:2] == ["data", "index"]:
+            from vissl_like.data.publish import main as index
+
+            return index(arguments[2:])
         if arguments[:1] == ["data"]:
             from vissl_like.data.shrink import main as data
 

@@ -41,6 +41,7 @@ Questions:
                                  {", ".join(components.LISTS[5:])}
   {PROGRAM} report RUN_DIR       make report.html of a run folder again
   {PROGRAM} data shrink SRC DST  a smaller copy of a folder of images (`data shrink --help`)
+  {PROGRAM} data index SHARDS    lists of what tar shards hold, for those who fetch them (`data index --help`)
 
 Flags:
   -m, --multirun                 a run for each combination of comma lists: config.SEED_VALUE=1,2,3
