@@ -191,6 +191,24 @@ def test_shards_of_data_shrink_are_the_folder(tmp_path: Path) -> None:
     assert both.read(15 + 7) == folder.read(7) and len(set(both.paths.tolist())) == 30
 
 
+def test_mixed_shards_hold_a_sample_of_all(tmp_path: Path) -> None:
+    """The same images in an order of their own, and labels by path fit."""
+    folder = FolderSource(folder_of_images(tmp_path / "images"))
+    options: dict[str, Any] = {"format": "webdataset", "shard_size": 5, "is_mixed": True}
+    shrink(str(tmp_path / "images"), str(tmp_path / "shards"), **options)
+    ours = source(tmp_path / "shards")
+    rows = [folder.paths.tolist().index(path) for path in ours.paths.tolist()]
+    assert sorted(rows) == list(range(15)) and rows != sorted(rows)
+    assert [ours.read(row) for row in range(15)] == [folder.read(row) for row in rows]
+    assert ours.labels is not None and ours.labels.tolist() == folder.labels[rows].tolist()  # type: ignore[index]
+    assert all(len(set(ours.labels[start : start + 5].tolist())) > 1 for start in (0, 5, 10))
+    (tmp_path / "shards" / "shard-000001.tar").unlink()
+    shrink(str(tmp_path / "images"), str(tmp_path / "shards"), **options)  # a later start goes on with the same
+    assert source(tmp_path / "shards").paths.tolist() == ours.paths.tolist()
+    with pytest.raises(ConfigError, match="is_mixed was True"):
+        shrink(str(tmp_path / "images"), str(tmp_path / "shards"), **{**options, "is_mixed": False})
+
+
 def test_classes_by_name_and_by_option(tmp_path: Path) -> None:
     def about(row: int) -> bytes:
         return json.dumps({"kind": ["cat", "ant", "7"][row], "label": row + 5}).encode()
