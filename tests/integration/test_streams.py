@@ -45,7 +45,7 @@ def server(data: Path) -> Iterator[Server]:
 def narrow(data: Path, cache: Path) -> dict[str, Any]:
     """Windows of two shards, and room for two such windows."""
     sizes = sorted(file.stat().st_size for file in (data / "www").rglob("*.tar"))
-    return {"SHUFFLE_SHARDS": 2, "CACHE_GB": (sum(sizes[-4:]) + 1000) / 1e9, "CACHE_DIR": str(cache), "RETRIES": 1}
+    return {"SHUFFLE_SHARDS": 2, "CACHE_GB": (sum(sizes[-4:]) + 1000) / 1e9, "CACHE_DIR": str(cache), "RETRIES": 4}
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -141,7 +141,7 @@ def test_killed_within_epochs_it_ends_in_the_same_bits(
 def test_a_lost_server_is_one_line_and_the_run_goes_on_later(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The address of the second server differs, so the shards come under another name: the rows are the same."""
     with serving(data / "www", tmp_path / "state") as server:
-        options = training("webdataset", server.url, **narrow(data, tmp_path / "cache"))
+        options = training("webdataset", server.url, **{**narrow(data, tmp_path / "cache"), "RETRIES": 1})
         killed = launch(tmp_path / "run", *options, env={"KILL_AFTER": "4"})
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         for file in (tmp_path / "cache").glob("*.tar"):
