@@ -152,6 +152,8 @@ def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[No
         yield
     except (RuntimeError, DataError):
         if not signals.comes_soon(lambda: stop.requested):
+            with contextlib.suppress(DataError):  # the first error is the cause
+                writer.close()
             raise
     if stop.requested:
         writer.close()

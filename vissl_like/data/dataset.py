@@ -16,7 +16,16 @@ from vissl_like.core import distributed
 from vissl_like.data import catalog
 from vissl_like.data.folder import FilelistSource, folder_classes
 from vissl_like.data.images import ImageDataset
-from vissl_like.data.labels import Labels, join_labels, multi_hot, parse_labels, read_labels, read_siblings, renumber
+from vissl_like.data.labels import (
+    Labels,
+    join_labels,
+    multi_hot,
+    parse_labels,
+    read_labels,
+    read_siblings,
+    refuse_damaged,
+    renumber,
+)
 from vissl_like.data.limit import limited_rows, needs_labels
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import ConcatSource, Source, SourceRequest, SubsetSource
@@ -135,6 +144,8 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
     label_files = _label_files(options, split, position)
     if kind in (*_DISK, _SHARDS) and not path:
         siblings = read_siblings(label_files[0]) if label_files and kind in _DISK else None
+        if siblings is not None:  # the list of images may be what is lost
+            refuse_damaged(siblings, file=label_files[0], key=f"config.DATA.{split}.LABEL_PATHS")
         if siblings is not None and siblings.images is not None:
             return _Opened(_images_of_labels(siblings.images, options, name=name, split=split), label_files)
         entry = catalog.look_up(name, split=split, catalog=data.CATALOG)

@@ -35,12 +35,16 @@ OUTPUTS = (
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """What a job was made from, for launch.json; `config_dirs` are the folders of --config-dir."""
+    """What a job was made from, for launch.json.
+
+    `config_dirs` are the folders of --config-dir, `notes` the warnings of the composition (old names of keys).
+    """
 
     recipe: str | None = None
     presets: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     config_dirs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def default_dir(job: Job, recipe: str | None) -> Path:

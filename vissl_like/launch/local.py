@@ -83,6 +83,8 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
     with folder.occupied(run_dir):
         folder.prepare(job, plan, run_dir, info)
         with logs.to_file(run_dir), _ended_by_signals():
+            for note in info.notes:
+                logs.to_file_only(note)
             _announce(job, plan, run_dir, is_continued=is_continued)
             return _run_to_the_end(job, plan, run_dir)
 

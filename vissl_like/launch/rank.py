@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 #: Sub-folder of the run folder in which ranks leave the reason of their end; removed when the launcher has read it.
 ERRORS_DIR = ".errors"
 STOPPED = "stopped"
+_WORD_BYTES = 4096
 #: Engines that launch others and need no processes of their own.
 RUNS_IN_LAUNCHER = ("pipeline",)
 
@@ -60,6 +61,7 @@ def run_rank(run_dir: str) -> dict[str, Any]:
     """
     folder = Path(run_dir)
     rank = int(os.environ.get("RANK", "0"))
+    _reserve_word(folder, rank)
     for number in SIGNALS:  # one signal to all and one from the launcher are two: the second must not end the save
         signal.signal(number, end_unless_asked)
     try:
@@ -77,11 +79,20 @@ def run_rank(run_dir: str) -> dict[str, Any]:
 
 
 def run_engine(job: Job, run_dir: Path) -> dict[str, Any]:
-    """Join the other processes, run the engine, leave them again."""
+    """Join the other processes, run the engine, leave them again. A full disk or memory is a UserError."""
     load_plugins(job.config.PLUGINS)
     engine = registry.resolve("engine", job.engine_name, key="engine_name")
-    if job.engine_name in RUNS_IN_LAUNCHER:
-        return engine(job, run_dir)
+    try:
+        return engine(job, run_dir) if job.engine_name in RUNS_IN_LAUNCHER else _run_with_others(engine, job, run_dir)
+    except Exception as error:
+        known = None if hasattr(error, "exit_code") else errors.explained(error, place=run_dir)
+        if known is None:
+            raise
+        logs.write_traceback(run_dir, "".join(traceback.format_exception(error)))
+        raise known from error
+
+
+def _run_with_others(engine: Callable[[Job, Path], dict[str, Any]], job: Job, run_dir: Path) -> dict[str, Any]:
     import torch
 
     from vissl_like.core import distributed
@@ -122,13 +133,25 @@ def _interrupt_is_a_request() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended
+def _reserve_word(run_dir: Path, rank: int) -> None:
+    """Room for _leave_word(), so that a rank can say that the disk is full when it is."""
+    with contextlib.suppress(OSError):
+        file = _word_file(run_dir, rank)
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b" " * _WORD_BYTES)
+
+
+def _word_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / ERRORS_DIR / f"rank_{rank}.json"
+
+
 def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
     """Write RUN.DIR/.errors/rank_K.json, and the traceback of a defect into log.txt."""
     is_defect = not isinstance(error, UserError | Stopped)
     word = RankError(
         rank=rank,
         kind=type(error).__name__,
-        message=str(error),
+        message=str(error)[:3000],
         exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
         place=place_of(error) if is_defect else "",
         time=time.time(),
@@ -136,9 +159,8 @@ def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
     with contextlib.suppress(OSError):  # a full disk must not hide the first error
         if is_defect:
             logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
-        folder = run_dir / ERRORS_DIR
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
+        with _word_file(run_dir, rank).open("r+b") as file:  # within the room that is reserved
+            file.write(json.dumps(asdict(word)).encode().ljust(_WORD_BYTES))
 
 
 def place_of(error: BaseException) -> str:

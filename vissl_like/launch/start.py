@@ -14,7 +14,9 @@ def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
     from vissl_like.launch.inputs import check_inputs
 
     job = loaded.job
-    info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
+    info = folder.LaunchInfo(
+        loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs), list(loaded.notes)
+    )
     where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
     check_inputs(folder.with_run_dir(job, where))  # lost files are reported before torch is imported
     logs.to_console(verbose=job.config.VERBOSE)
