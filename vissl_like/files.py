@@ -31,13 +31,13 @@ def refusals_explained(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
+def replacing(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A stream for the new content of `file`, which takes its place at once, and on the disk, when the block ends well.
 
     Otherwise the old content stays and nothing is left behind; only a killed process leaves `<name>.part`, which the next
-    one writes over.
+    one writes over. `shared`: several processes may write this file at a time; the last one wins.
     """
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part" if shared else f"{file.name}.part")
     with refusals_explained(file):
         try:
             with part.open("wb") as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import shutil
@@ -18,12 +19,15 @@ from vissl_like.config.plan import Plan, write_plan
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.launch import outputs
 from vissl_like.launch.inputs import MANIFEST_FILE, input_fingerprints
 
 LAUNCH_FILE = "launch.json"
 RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
 OCCUPIED_FILE = ".running"
+
+log = logging.getLogger(__name__)
 
 #: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
 OUTPUTS = (
@@ -114,6 +118,11 @@ def finished(job: Job, run_dir: Path) -> dict[str, Any] | None:
             f"config.RUN.DIR={str(run_dir)!r} holds a finished run, but what it was made from has changed since: "
             f"{', '.join(changed)}. Choose another config.RUN.DIR, or start anew there with config.RUN.OVERWRITE=true."
         )
+    lost = outputs.lost(manifest.get("outputs", {}), run_dir)
+    if lost:
+        more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
+        log.warning("%s was finished, but %s%s: what is lost is made again", run_dir, "; ".join(lost[:3]), more)
+        return None
     return read_json(run_dir / RESULTS_FILE)
 
 
@@ -157,6 +166,8 @@ def complete(job: Job, plan: Plan, run_dir: Path, *, results: dict[str, Any], se
         "engine": job.engine_name,
         "config_hash": config_hash(job, global_batch=_global_batch(job, plan.global_batch)),
         "inputs": input_fingerprints(job),
+        "outputs": outputs.record(job, run_dir),
+        "content": outputs.content(job, run_dir),
         "complete": True,
         "finished": _now(),
         "seconds": round(seconds, 2),

@@ -30,7 +30,7 @@ from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
 from vissl_like.launch.folder import LaunchInfo
-from vissl_like.launch.inputs import check_inputs
+from vissl_like.launch.inputs import check_inputs, check_transforms
 from vissl_like.launch.machine import Processes, processes_for, started_by_torchrun, write_environment
 from vissl_like.launch.rank import (
     ERRORS_DIR,
@@ -78,6 +78,7 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
         log.info("%s: this run is finished; its results are in %s", run_dir, folder.RESULTS_FILE)
         return results
     _check_start(job, processes)
+    check_transforms(job)
     is_continued = folder.is_run(run_dir) and not job.config.RUN.OVERWRITE
     folder.make(run_dir)
     with folder.occupied(run_dir):

@@ -148,19 +148,21 @@ def _word_file(run_dir: Path, rank: int) -> Path:
 def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
     """Write RUN.DIR/.errors/rank_K.json, and the traceback of a defect into log.txt."""
     is_defect = not isinstance(error, UserError | Stopped)
-    word = RankError(
-        rank=rank,
-        kind=type(error).__name__,
-        message=str(error)[:3000],
-        exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
-        place=place_of(error) if is_defect else "",
-        time=time.time(),
-    )
-    with contextlib.suppress(OSError):  # a full disk must not hide the first error
-        if is_defect:
-            logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
-        with _word_file(run_dir, rank).open("r+b") as file:  # within the room that is reserved
+    if is_defect:
+        logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
+    for message in (str(error), str(error)[:500]):  # the short one where there is no more room than was reserved
+        word = RankError(
+            rank=rank,
+            kind=type(error).__name__,
+            message=message,
+            exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
+            place=place_of(error) if is_defect else "",
+            time=time.time(),
+        )
+        with contextlib.suppress(OSError), _word_file(run_dir, rank).open("r+b") as file:
             file.write(json.dumps(asdict(word)).encode().ljust(_WORD_BYTES))
+            file.truncate()
+            return
 
 
 def place_of(error: BaseException) -> str:
