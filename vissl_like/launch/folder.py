@@ -18,7 +18,8 @@ from vissl_like import __version__
 from vissl_like.config.plan import Plan, write_plan
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
-from vissl_like.errors import ConfigError, DataError
+from vissl_like.errors import ConfigError, DataError, explained
+from vissl_like.files import refusals_explained
 from vissl_like.launch import outputs
 from vissl_like.launch.inputs import MANIFEST_FILE, input_fingerprints
 
@@ -131,7 +132,7 @@ def make(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot be made ({error}).") from error
+        raise _refused(run_dir, error) from error
 
 
 def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
@@ -146,7 +147,15 @@ def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
         write_json(run_dir / LAUNCH_FILE, content)
         write_plan(plan, run_dir)
     except OSError as error:
-        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot write there ({error}).") from error
+        raise _refused(run_dir, error) from error
+
+
+def _refused(run_dir: Path, error: OSError) -> Exception:
+    """A folder that cannot be one is a wrong value of the key; a full disk or missing rights are not."""
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot be made ({error}).")
+    text = f"config.RUN.DIR={str(run_dir)!r}: cannot write there"
+    return DataError(f"{text}: {explained(error, place=run_dir) or error}")
 
 
 def remove_outputs(run_dir: Path) -> None:
@@ -223,8 +232,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that it is either whole or not there."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    with refusals_explained(file):
+        part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+        os.replace(part, file)
 
 
 def _plain(value: Any) -> Any:

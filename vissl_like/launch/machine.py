@@ -15,6 +15,7 @@ from vissl_like import __version__
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config
 from vissl_like.errors import ConfigError
+from vissl_like.files import refusals_explained
 
 ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = (
@@ -67,7 +68,8 @@ def processes_for(config: Config) -> Processes:
 def write_environment(run_dir: Path) -> None:
     """Write environment.json: versions and hardware. Environment variables are never written."""
     text = json.dumps(environment(), indent=1)
-    (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
+    with refusals_explained(run_dir / ENVIRONMENT_FILE):
+        (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 #: Sub-folder of the run folder in which ranks leave the reason of their end; removed when the launcher has read it.
 ERRORS_DIR = ".errors"
 STOPPED = "stopped"
-_WORD_BYTES = 4096
+_WORD_BYTES = 1 << 15
 #: Engines that launch others and need no processes of their own.
 RUNS_IN_LAUNCHER = ("pipeline",)
 
@@ -61,7 +62,6 @@ def run_rank(run_dir: str) -> dict[str, Any]:
     """
     folder = Path(run_dir)
     rank = int(os.environ.get("RANK", "0"))
-    _reserve_word(folder, rank)
     for number in SIGNALS:  # one signal to all and one from the launcher are two: the second must not end the save
         signal.signal(number, end_unless_asked)
     try:
@@ -82,14 +82,29 @@ def run_engine(job: Job, run_dir: Path) -> dict[str, Any]:
     """Join the other processes, run the engine, leave them again. A full disk or memory is a UserError."""
     load_plugins(job.config.PLUGINS)
     engine = registry.resolve("engine", job.engine_name, key="engine_name")
+    run = engine if job.engine_name in RUNS_IN_LAUNCHER else partial(_run_with_others, engine)
     try:
-        return engine(job, run_dir) if job.engine_name in RUNS_IN_LAUNCHER else _run_with_others(engine, job, run_dir)
+        with _room_for_last_words(run_dir):
+            return run(job, run_dir)
     except Exception as error:
         known = None if hasattr(error, "exit_code") else errors.explained(error, place=run_dir)
         if known is None:
             raise
         logs.write_traceback(run_dir, "".join(traceback.format_exception(error)))
         raise known from error
+
+
+@contextlib.contextmanager
+def _room_for_last_words(run_dir: Path) -> Iterator[None]:
+    """Some bytes that are given back at the end, so that a process can say that the disk is full when it is."""
+    file = run_dir / f".room_{os.environ.get('RANK', '0')}"
+    with contextlib.suppress(OSError):
+        file.write_bytes(bytes(_WORD_BYTES))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def _run_with_others(engine: Callable[[Job, Path], dict[str, Any]], job: Job, run_dir: Path) -> dict[str, Any]:
@@ -133,36 +148,23 @@ def _interrupt_is_a_request() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended
-def _reserve_word(run_dir: Path, rank: int) -> None:
-    """Room for _leave_word(), so that a rank can say that the disk is full when it is."""
-    with contextlib.suppress(OSError):
-        file = _word_file(run_dir, rank)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b" " * _WORD_BYTES)
-
-
-def _word_file(run_dir: Path, rank: int) -> Path:
-    return run_dir / ERRORS_DIR / f"rank_{rank}.json"
-
-
 def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
     """Write RUN.DIR/.errors/rank_K.json, and the traceback of a defect into log.txt."""
     is_defect = not isinstance(error, UserError | Stopped)
-    if is_defect:
-        logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
-    for message in (str(error), str(error)[:500]):  # the short one where there is no more room than was reserved
-        word = RankError(
-            rank=rank,
-            kind=type(error).__name__,
-            message=message,
-            exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
-            place=place_of(error) if is_defect else "",
-            time=time.time(),
-        )
-        with contextlib.suppress(OSError), _word_file(run_dir, rank).open("r+b") as file:
-            file.write(json.dumps(asdict(word)).encode().ljust(_WORD_BYTES))
-            file.truncate()
-            return
+    word = RankError(
+        rank=rank,
+        kind=type(error).__name__,
+        message=str(error),
+        exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
+        place=place_of(error) if is_defect else "",
+        time=time.time(),
+    )
+    with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        if is_defect:
+            logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
+        folder = run_dir / ERRORS_DIR
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
 
 
 def place_of(error: BaseException) -> str:
