@@ -1,7 +1,8 @@
 """A plugin for tests: what goes wrong in the world around a run, at a chosen moment.
 
 The source `counted_folder` is disk_folder, but writes each row that it opens into the file COUNTED. FILL=n has the n-th image opened fill the disk of
-the folder FILL_DISK to the last byte; FILL_AFTER=n has the n-th step of the task `supervised_filling` do so. OPEN_FILES=n: the process may open no more files.
+the folder FILL_DISK to the last byte; FILL_AFTER=n has the n-th step of the task `supervised_filling` do so,
+and ALLOCATE_AFTER=n ask for more memory than there is. OPEN_FILES=n: the process may open no more files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vissl_like import registry
@@ -39,7 +41,7 @@ class CountedFolder(FolderSource):
 
 
 class Filling(Supervised):
-    """Supervised, until the disk is full."""
+    """Supervised, until the disk or the memory is full."""
 
     steps = 0
 
@@ -47,6 +49,8 @@ class Filling(Supervised):
         Filling.steps += 1
         if str(Filling.steps) == os.environ.get("FILL_AFTER"):
             fill(Path(os.environ["FILL_DISK"]))
+        if str(Filling.steps) == os.environ.get("ALLOCATE_AFTER"):
+            torch.empty(1 << 50, dtype=torch.uint8)
         return super().forward(batch)
 
 

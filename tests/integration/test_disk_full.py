@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from PIL import Image
 
 from tests.integration.stage_runs import start
@@ -64,7 +63,11 @@ def options(images: Path, *more: str) -> list[str]:
         "config.DATA.TRAIN.TRANSFORMS=[{name: Resize, size: [24, 24]}, {name: ToTensor}]",
         *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8", "config.DATA.NUM_DATALOADER_WORKERS=0"),
         *("config.MODEL.TRUNK.NAME=resnet_small", "config.EXTRACT_FEATURES.SHARD_ROWS=50", *more),
-        *("config.CLUSTERFIT.NUM_CLUSTERS=4", "config.CLUSTERFIT.NUM_ITER=4", "config.CLUSTERFIT.CLUSTER_BACKEND=torch"),
+        *(
+            "config.CLUSTERFIT.NUM_CLUSTERS=4",
+            "config.CLUSTERFIT.NUM_ITER=4",
+            "config.CLUSTERFIT.CLUSTER_BACKEND=torch",
+        ),
     ]
 
 
@@ -80,13 +83,13 @@ def assert_clear(failed: Ended, *words: str) -> None:
         assert word in failed.stderr, failed.stderr
 
 
-#: engine, its results, what fills the disk (bytes left before the start, or None and the image whose reading fills it)
+LARGE = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP=[[res2,[Identity,[]]]]"
+#: engine, its results, bytes left before the start (or None: the 100th image that is opened fills the disk), the message
 STAGES = [
-    ("extract_features", "features", 0, "the disk is full"),  # not even config.yaml
-    ("extract_features", "features", 30_000, "shard_00000.npy: the disk is full"),
+    ("extract_features", "features", 0, "config.yaml"),
+    ("extract_features", "features", 200_000, "shard_00000.npy: the disk is full"),
     ("extract_features", "features", None, "manifest.json: the disk is full"),
     ("extract_label_predictions", "predictions", None, "the disk is full"),
-    ("cluster_features", "clusters", None, "the disk is full"),
 ]
 
 
@@ -94,22 +97,30 @@ STAGES = [
 def test_stages_on_a_full_disk(
     engine: str, made: str, left: int | None, words: str, images: Path, small_disk: Path, tmp_path: Path
 ) -> None:
-    if engine == "cluster_features":
-        assert start("extract_features", tmp_path / "features", *options(images)).returncode == 0
-        more = [f"config.CLUSTERFIT.FEATURES.PATH={tmp_path / 'features' / 'features'}"]
-        full = {"FILL": "2", "FILL_DISK": str(small_disk)}  # when it looks at the images for its report
-    else:
-        more, full = [], {"FILL": "100", "FILL_DISK": str(small_disk)}
-    given = options(images, *more)
+    given = options(images, LARGE) if engine == "extract_features" else options(images)
     if left is not None:
         (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
-    failed = start(engine, small_disk / "run", *given, env=full if left is None else {})
-    assert_clear(failed, words, str(small_disk / "run"))
+    full = {"FILL": "100", "FILL_DISK": str(small_disk)} if left is None else {}
+    assert_clear(start(engine, small_disk / "run", *given, env=full), words, str(small_disk / "run"))
     (small_disk / "ballast").unlink()
     done = start(engine, small_disk / "run", *given)
     assert done.returncode == 0, done.stderr
     assert start(engine, tmp_path / "reference", *given).returncode == 0
     assert contents(small_disk / "run" / made) == contents(tmp_path / "reference" / made) != {}
+
+
+def test_labels_on_a_full_disk(images: Path, small_disk: Path, tmp_path: Path) -> None:
+    assert start("extract_features", tmp_path / "features", *options(images)).returncode == 0
+    given = options(images, f"config.CLUSTERFIT.FEATURES.PATH={tmp_path / 'features' / 'features'}")
+    output = f"config.CLUSTERFIT.OUTPUT_DIR={small_disk / 'labels'}"
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    assert_clear(start("cluster_features", tmp_path / "run", *given, output), "labels.npy: the disk is full")
+    assert not list((small_disk / "labels").iterdir())  # no half file stays behind
+    (small_disk / "ballast").unlink()
+    done = start("cluster_features", tmp_path / "run", *given, output)
+    assert done.returncode == 0, done.stderr
+    assert start("cluster_features", tmp_path / "reference", *given).returncode == 0
+    assert contents(small_disk / "labels") == contents(tmp_path / "reference" / "clusters") != {}
 
 
 def test_a_full_disk_of_two_ranks(images: Path, small_disk: Path, tmp_path: Path) -> None:
@@ -151,10 +162,13 @@ def test_too_many_open_files(images: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_out_of_memory(images: Path, tmp_path: Path) -> None:
-    failed = start("train", tmp_path / "run", *options(images, "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[auto,9999999999999,2]}]]"))
-    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+def test_out_of_memory(tmp_path: Path) -> None:
+    plugins = "config.PLUGINS=[kill_plugin,failing_plugin]"
+    failed = launch(tmp_path / "run", *OPTIONS, plugins, FILLING, env={"ALLOCATE_AFTER": "8"})
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
     assert "out of memory on this machine" in failed.stderr and "BATCHSIZE_PER_REPLICA" in failed.stderr
+    assert "can't allocate memory" in (tmp_path / "run" / "log.txt").read_text()
+    assert checkpoint.saved_steps(tmp_path / "run") == [6]
 
 
 def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, tmp_path: Path) -> None:

@@ -195,6 +195,25 @@ def test_lost_files_are_reported_before_anything_is_made(capsys: pytest.CaptureF
     assert not Path("runs").exists()
 
 
+def test_wrong_arguments_of_transforms_are_reported_once_and_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = "config.DATA.TRAIN.TRANSFORMS=[{name: Resize, sise: 28}, {name: ColorJitter, hue: 7}, {name: ToTensor}]"
+    assert main(["config=debug/supervised_synthetic", wrong, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"]) == 2
+    text = capsys.readouterr().err
+    assert text.count("TRANSFORMS[0].sise: unknown argument; did you mean 'size'?") == 1
+    assert "TRANSFORMS[1]: ColorJitter does not take these values" in text and "rank" not in text
+    assert not Path("runs").exists()
+
+
+def test_old_names_of_keys_are_noted_on_the_terminal_and_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config.OPTIMIZER.num_epochs=0") == 0
+    note = "OPTIMIZER.num_epochs"
+    assert capsys.readouterr().err.count(note) == 1
+    [log] = Path("runs").rglob("log.txt")
+    assert log.read_text().count(note) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- dry run
 def test_a_dry_run_tells_everything_and_makes_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["config=debug/supervised_synthetic", "config.RUN.DRY_RUN=true", "config.OPTIMIZER.ACCUMULATE_STEPS=2"]
@@ -227,6 +246,11 @@ def test_a_dry_run_of_a_pipeline_lists_its_stages(capsys: pytest.CaptureFixture[
     assert main(["config=debug/clusterfit_digits", "config.RUN.DRY_RUN=true"]) == 0
     text = capsys.readouterr().out
     assert "clusters: cluster_features of this page, after teacher (to do)" in text
+    assert "20 classes from runs/debug/clusterfit_digits/clusters/clusters/labels.npy" in text
+    assert "heads: 1,300 parameters in 1" in text  # of the student: 64 x 20 + 20
+    wrong = "config.PIPELINE.STAGES.2.CONFIG.MODEL.HEAD.PARAMS=[[mlp,{dims: [5, 20]}]]"
+    assert main(["config=debug/clusterfit_digits", "config.RUN.DRY_RUN=true", wrong]) == 2
+    assert "stage 'student': config.MODEL.HEAD.PARAMS[0]" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ questions

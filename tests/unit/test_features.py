@@ -172,7 +172,9 @@ def test_changed_bytes_are_noticed_when_their_rows_are_read(tmp_path: Path, shar
     assert FeatureWriter(tmp_path / "TRAIN").pending() == [row // BLOCK]
     write(tmp_path)
     FeatureWriter.finish(tmp_path / "TRAIN")
-    assert np.array_equal(FeatureStore.open(tmp_path, "TRAIN", "res4").read(0, ROWS), values()["res4"].reshape(ROWS, -1))
+    assert np.array_equal(
+        FeatureStore.open(tmp_path, "TRAIN", "res4").read(0, ROWS), values()["res4"].reshape(ROWS, -1)
+    )
 
 
 @pytest.mark.parametrize("name", ["images.npy", "sizes.npy", "labels.npy", "res4/sums.npy"])

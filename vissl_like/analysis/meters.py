@@ -276,9 +276,7 @@ def ignored_target(loss: Loss) -> int:
     return loss.CROSS_ENTROPY.IGNORE_INDEX if loss.NAME == "cross_entropy" else -1
 
 
-def build_meters(
-    meters: Meters, *, num_heads: int, ignore_index: int = -1, widths: Sequence[int] = ()
-) -> MeterGroup:
+def build_meters(meters: Meters, *, num_heads: int, ignore_index: int = -1, widths: Sequence[int] = ()) -> MeterGroup:
     """The meters of METERS.NAMES for a model with this many heads.
 
     ignore_index: targets that the loss leaves out; accuracy leaves them out, too. widths: classes of each head, where they

@@ -27,7 +27,11 @@ def create_array(file: Path, *, shape: tuple[int, ...], dtype: str) -> None:
         file.unlink(missing_ok=True)
         try:
             with file.open("wb") as stream:
-                header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
                 np.lib.format.write_array_header_1_0(stream, header)
                 stream.flush()
                 size = stream.tell() + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -9,7 +9,10 @@ from vissl_like.config.section import Section, group, option
 
 class LimitSampling(Section):
     SEED: int = option(0, "Seed of the subset that DATA_LIMIT draws.", ge=0)
-    IS_BALANCED: bool = option(False, "Draw the same number of each class (what is left over from the first ones); needs labels and DATA_LIMIT >= classes.")
+    IS_BALANCED: bool = option(
+        False,
+        "Draw the same number of each class (what is left over from the first ones); needs labels and DATA_LIMIT >= classes.",
+    )
     SKIP_NUM_SAMPLES: int = option(0, "Leave out this many samples of the drawn order first (disjoint subsets).", ge=0)
 
 

@@ -40,7 +40,15 @@ from vissl_like.core.weights_plan import (
 from vissl_like.core.weights_rules import BLOCKS, HEADS, KEY, TRUNK, KeyRules, rules_of, state_dict_key
 from vissl_like.errors import WeightsError
 
-__all__ = ["WeightsReport", "fingerprint", "load_initial_weights", "plan_loading", "read_state_dict", "saved_head_shapes", "state_shapes"]
+__all__ = [
+    "WeightsReport",
+    "fingerprint",
+    "load_initial_weights",
+    "plan_loading",
+    "read_state_dict",
+    "saved_head_shapes",
+    "state_shapes",
+]
 
 log = logging.getLogger(__name__)
 #: Names per status that the text report prints.

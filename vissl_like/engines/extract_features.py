@@ -222,7 +222,8 @@ def loading_of(config: Config) -> Loading:
 def load_model(config: Config, dataset: ImageDataset, run_dir: Path, *, with_heads: bool | None = None) -> Loaded:
     """The model with its initial weights; its heads only where their outputs are wanted (`with_heads` None: as configured).
 
-    Sizes of heads that are `auto` are those of the heads in the weights file, else they follow from the data. Without weights it is random, the same on every rank, and the log says so loudly.
+    Sizes of heads that are `auto` are those of the heads in the weights file, else they follow from the data. Without
+    weights it is random, the same on every rank, and the log says so loudly.
     """
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     if with_heads is None:

@@ -44,12 +44,12 @@ def check_transforms(job: Job) -> None:
     if job.engine_name == "pipeline":
         jobs = [stage.job for stage in stage_jobs(job, Path(job.config.RUN.DIR or "run"), compose_stage)]
     problems: dict[str, None] = {}
-    for one, split in ((one, split) for one in jobs for split in splits_to_open(one)):
-        transforms = getattr(one.config.DATA, split).TRANSFORMS
+    for config, split in ((one.config, split) for one in jobs for split in splits_to_open(one)):
+        transforms = getattr(config.DATA, split).TRANSFORMS
         if transforms:
             from vissl_like.data.views import check_transforms as problems_of
 
-            key, kind = f"config.DATA.{split}.TRANSFORMS", one.config.MODEL.INPUT_TYPE
+            key, kind = f"config.DATA.{split}.TRANSFORMS", config.MODEL.INPUT_TYPE
             problems.update(dict.fromkeys(problems_of(transforms, key, input_type=kind)))
     if problems:
         raise ConfigError(report(list(problems)))
