@@ -1,8 +1,9 @@
 """A plugin for tests: what goes wrong in the world around a run, at a chosen moment.
 
-The source `counted_folder` is disk_folder, but writes each row that it opens into the file COUNTED. FILL=n has the n-th image opened fill the disk of
-the folder FILL_DISK to the last byte; FILL_AFTER=n has the n-th step of the task `supervised_filling` do so,
-and ALLOCATE_AFTER=n ask for more memory than there is. OPEN_FILES=n: the process may open no more files.
+The source `counted_folder` is disk_folder, but writes each row that it opens into the file COUNTED. FILL=n has the n-th
+image opened fill the disk of the folder FILL_DISK to the last byte; FILL_AFTER=n has the n-th step of the task
+`supervised_filling` do so, and ALLOCATE_AFTER=n ask for more memory than there is. OPEN_FILES=n: the process may open no
+more files.
 """
 
 from __future__ import annotations
