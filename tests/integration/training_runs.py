@@ -49,7 +49,9 @@ def launch(run_dir: Path, *overrides: str, env: dict[str, str] | None = None, ra
     """
     with tempfile.TemporaryDirectory() as folder:
         argv = [*SMALL, *overrides, f"config.RUN.DIR={run_dir}"]
-        output = [{name: os.path.join(folder, f"{name}{rank}") for name in ("stdout", "stderr")} for rank in range(ranks)]
+        output = [
+            {name: os.path.join(folder, f"{name}{rank}") for name in ("stdout", "stderr")} for rank in range(ranks)
+        ]
         for rank, environment in enumerate(_environments(ranks)):
             process = _server(rank)
             assert process.stdin is not None

@@ -61,7 +61,8 @@ class Checkpoint(Section):
     EVERY_STEPS: int = option(0, "Also save every this many steps; 0: no.", ge=0)
     KEEP: int = option(2, "Newest saves that are kept, beside best and last.", ge=1)
     ASYNC: bool = option(
-        True, "Write in the background; training waits for a copy in host memory only. False: no copy, it waits for the disk."
+        True,
+        "Write in the background; training waits for a copy in host memory only. False: no copy, it waits for the disk.",
     )
     BEST_METRIC: str = option("", "Metric of results that chooses `best`. Empty: the first test accuracy.")
 

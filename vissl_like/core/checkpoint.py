@@ -95,7 +95,8 @@ class Saved:
 def shard_like(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state`; those whose target of the same name is sharded as it is, from the rows that lie here."""
     return {
-        name: load_like(Stored((tensor,)), targets[name]) if name in targets else tensor for name, tensor in state.items()
+        name: load_like(Stored((tensor,)), targets[name]) if name in targets else tensor
+        for name, tensor in state.items()
     }
 
 

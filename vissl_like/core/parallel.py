@@ -80,7 +80,11 @@ def arrange(model: nn.Module, config: Config, *, inner: Iterable[str] = ()) -> N
     found = blocks(model)
     whole = {name: b for name, b in found.items() if not any(read.startswith(f"{name}.") for read in inner)}
     if not whole and (recompute or how == "blocks"):
-        key = "config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING" if recompute else "config.MACHINE.COMPILE"
+        key = (
+            "config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING"
+            if recompute
+            else "config.MACHINE.COMPILE"
+        )
         reason = "are all read from inside (LINEAR_EVAL_FEAT_POOL_OPS_MAP)" if found else "are not to be found"
         raise ConfigError(
             f"{key}: repeated blocks of config.MODEL.TRUNK.NAME={config.MODEL.TRUNK.NAME!r} {reason}. Leave it off."
@@ -90,7 +94,9 @@ def arrange(model: nn.Module, config: Config, *, inner: Iterable[str] = ()) -> N
     if how != "none":
         _compile(model, whole.values(), how=how, backend=config.MACHINE.COMPILE_BACKEND, is_read=bool(inner))
     if is_to_be_sharded(config):
-        _shard(model, whole.values(), precision=config.MACHINE.PRECISION, reshard=config.DISTRIBUTED.RESHARD_AFTER_FORWARD)
+        _shard(
+            model, whole.values(), precision=config.MACHINE.PRECISION, reshard=config.DISTRIBUTED.RESHARD_AFTER_FORWARD
+        )
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,15 +164,15 @@ def _checkpointed(forward: Forward, options: Callable[[nn.Module], dict[str, Any
 
 @contextlib.contextmanager
 def _without_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it BatchNorm layers in training do what they always do, but leave their running statistics alone."""
-    norms = [part for part in module.modules() if isinstance(part, _NORMS) and part.training and part.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Within it BatchNorm layers do what they always do, but count statistics in copies that are thrown away."""
+    kept = [(norm, dict(norm._buffers)) for norm in module.modules() if isinstance(norm, _NORMS) and norm.training]
+    for norm, buffers in kept:
+        norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)
 
 
 # --------------------------------------------------------------------------------------------------------------- compile
@@ -247,7 +253,9 @@ def is_sharded(model: nn.Module) -> bool:
 def is_replicable(model: nn.Module) -> bool:
     """Whether a copy of the modules gives the same bits as the model, in any thread."""
     programs = set(_programs.values())
-    return not is_sharded(model) and not any(getattr(part, _MADE_BY, None) in programs for part in model.modules())
+    return not is_sharded(model) and not any(
+        getattr(type(part), _MADE_BY, None) in programs for part in model.modules()
+    )
 
 
 # --------------------------------------------------------------------------------------------- tensors of sharded models

@@ -30,7 +30,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vissl_like.core import checkpoint, distributed, parallel, state_format
-from vissl_like.core.checkpoint import EMA, MANIFEST, MODEL, PARTS, STRUCTURE, TENSORS, rank_file, saved_steps, step_name
+from vissl_like.core.checkpoint import (
+    EMA,
+    MANIFEST,
+    MODEL,
+    PARTS,
+    STRUCTURE,
+    TENSORS,
+    rank_file,
+    saved_steps,
+    step_name,
+)
 from vissl_like.core.state_format import Stored
 from vissl_like.errors import DataError, UserError
 
@@ -99,6 +109,10 @@ class Saver:
         if distributed.is_main():
             self._do(partial(_mark, self._folder, step))
         self._is_open = True
+
+    def is_finished(self) -> bool:
+        """Whether this process has nothing left to write."""
+        return all(job.done() for job in self._jobs)
 
     def finish(self) -> None:
         """Wait until everything is on the disk. Raises what went wrong."""
@@ -176,7 +190,11 @@ class HostCopies:
             for name, tensor in tensors.items():
                 source = tensor.detach()
                 copy = former.pop((file, name), None)
-                if copy is None or (copy.shape, copy.dtype, copy.stride()) != (source.shape, source.dtype, source.stride()):
+                if copy is None or (copy.shape, copy.dtype, copy.stride()) != (
+                    source.shape,
+                    source.dtype,
+                    source.stride(),
+                ):
                     copy = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
                 self._memory[file, name] = copy.copy_(source, non_blocking=True)
                 on_gpu |= source.is_cuda
@@ -223,8 +241,7 @@ def _rows_here(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parts(count: int) -> list[tuple[str, int, int]]:
     """Where the rows of a tensor of the training state lie: (file, first, the one after the last)."""
     return [
-        (rank_file("training", rank), start, stop)
-        for rank, (start, stop) in enumerate(parallel.rows_of_ranks(count))
+        (rank_file("training", rank), start, stop) for rank, (start, stop) in enumerate(parallel.rows_of_ranks(count))
     ]
 
 
