@@ -43,7 +43,9 @@ def make_state(*, scale: float, device: torch.device) -> State:
             shapes[f"blocks.{i}.{name}.weight"] = (rows * width, columns * width)  # type: ignore[assignment]
             shapes[f"blocks.{i}.{name}.bias"] = (rows * width,)  # type: ignore[assignment]
     weights = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
-    moments = {name: {"exp_avg": w * 0.1, "exp_avg_sq": w * w, "step": torch.tensor(7.0)} for name, w in weights.items()}
+    moments = {
+        name: {"exp_avg": w * 0.1, "exp_avg_sq": w * w, "step": torch.tensor(7.0)} for name, w in weights.items()
+    }
     return {"model_state": weights, "training_state": {"step": 7, "optimizer": moments}}
 
 

@@ -192,7 +192,7 @@ def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:
     [
         ("SLURM.USE_SLURM=true", "torchrun"),
         ("OPTIMIZER.use_larc=true", "lars"),
-        ("MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "not sharded"),
+        ("MODEL.SHARDED_DDP_SETUP.USE_SDP=true", "STRATEGY=fsdp"),
         ("MODEL.TRUNK.VISION_TRANSFORMERS.PATCH_SIZE=14", "timm/"),
         ("LOSS.simclr_info_nce_loss.temperature=0.1", "does not exist here"),
         ("DATA.TRAIN.STRATIFIED_SAMPLER.ENABLED=true", "IS_BALANCED"),
