@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -140,6 +141,18 @@ def test_damaged_newest_is_passed_over_and_said(tmp_path: Path, harm, caplog: py
     save(tmp_path, 20)
     again = checkpoint.newest(tmp_path)
     assert again is not None and again.step == 20
+
+
+def test_checksums_of_older_releases_are_still_checked(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        digest = hashlib.blake2b((path / name).read_bytes(), digest_size=16).hexdigest()
+        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "blake2b": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.find_damage(path) is None
+    damage_flip(path)
+    assert "checksum" in (checkpoint.find_damage(path) or "")
 
 
 def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def _config(*overrides: str) -> tuple[Config, tuple[str, ...]]:
         ("HOOKS.TENSORBOARD_SETUP.USE_TENSORBOARD=true", "LOGGERS.TENSORBOARD.ENABLED", True),
         ("HOOKS.EMA_MODEL.SAVE_EMA_MODEL=true", "MODEL.EMA.ENABLED", True),
         ("MODEL.AMP_PARAMS.USE_AMP=true", "MACHINE.PRECISION", "fp16"),
+        ("MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "DISTRIBUTED.STRATEGY", "fsdp"),
         ("DISTRIBUTED.RUN_ID=host:1234", "DISTRIBUTED.ENDPOINT", "host:1234"),
         ("DATA.TRAIN.DATASET_PATHS=[.]", "DATA.TRAIN.DATA_PATHS", ["."]),
         ("NEAREST_NEIGHBOR.TOPK=20", "NEAREST_NEIGHBOR.TOPK", [20]),
