@@ -173,7 +173,7 @@ def test_out_of_memory(tmp_path: Path) -> None:
 
 def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, tmp_path: Path) -> None:
     run_dir = small_disk / "run"
-    killed = launch(run_dir, *OPTIONS, env={"KILL_AFTER": "8"})
+    killed = launch(run_dir, *OPTIONS, "config.CHECKPOINT.ASYNC=false", env={"KILL_AFTER": "8"})
     assert killed.returncode == -9, killed.stderr
     assert checkpoint.saved_steps(run_dir) == [6]
 

@@ -106,8 +106,31 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":
         key = "config.DISTRIBUTED.BACKEND"
         yield key, f"{key}='nccl': it works between GPUs only, but config.MACHINE.DEVICE='cpu'. Use auto or gloo."
+    yield from _sharding_problems(config)
     if job.engine_name == "train":
         yield from _schedule_problems(config)
+
+
+def _sharding_problems(config: Config) -> Iterator[Problem]:
+    """What needs whole weights in every process."""
+    if config.DISTRIBUTED.STRATEGY != "fsdp":
+        return
+    key, value = "config.MACHINE.COMPILE", config.MACHINE.COMPILE
+    if value == "model":
+        yield (
+            key,
+            f"{key}='model': sharded blocks are gathered one by one (config.DISTRIBUTED.STRATEGY='fsdp'). Use blocks.",
+        )
+    loggers = config.LOGGERS
+    for key, is_on in (
+        ("config.LOGGERS.TENSORBOARD.LOG_PARAMS", loggers.TENSORBOARD.ENABLED and loggers.TENSORBOARD.LOG_PARAMS),
+        ("config.LOGGERS.WANDB.WATCH_GRADIENTS", loggers.WANDB.ENABLED and loggers.WANDB.WATCH_GRADIENTS),
+    ):
+        if is_on:
+            yield (
+                key,
+                f"{key}=True: no process has whole weights (config.DISTRIBUTED.STRATEGY='fsdp'). Set it to false.",
+            )
 
 
 def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:

@@ -32,6 +32,10 @@ class Machine(Section):
     DETERMINISTIC: bool = option(False, "Deterministic GPU kernels only (bit-exact resume on GPU).")
     NUM_THREADS: int = option(0, "CPU threads per process; 0: cores divided by local processes.", ge=0)
     CHANNELS_LAST: bool = option(False, "Keep images and convolutions channels-last.")
+    COMPILE: Literal["none", "blocks", "model"] = option(
+        "none", "torch.compile of each kind of repeated block (quick to start), or of the whole model."
+    )
+    COMPILE_BACKEND: str = option("inductor", "Backend of torch.compile.")
 
 
 class Distributed(Section):
@@ -40,6 +44,12 @@ class Distributed(Section):
     BACKEND: Literal["auto", "gloo", "nccl"] = option("auto", "auto: nccl on GPUs, gloo on CPUs.")
     ENDPOINT: str = option("", "host:port on which the machines meet (NUM_NODES > 1); the same on every machine.")
     NODE_ID: int = option(-1, "This machine's number; -1: not needed.", ge=-1)
+    STRATEGY: Literal["ddp", "fsdp"] = option(
+        "ddp", "ddp: each process holds the whole model; fsdp: a part of every weight, gradient and optimizer state."
+    )
+    RESHARD_AFTER_FORWARD: bool = option(
+        True, "fsdp: give up gathered blocks after the forward pass; false: more memory, less traffic."
+    )
     BROADCAST_BUFFERS: bool = option(True, "Broadcast buffers from rank 0 at each step (DDP).")
     BUCKET_CAP_MB: int = option(25, "Size of gradient buckets in MB (DDP).", ge=1)
     TIMEOUT_S: int = option(1800, "Seconds after which a collective operation gives up.", ge=1)
@@ -50,6 +60,10 @@ class Checkpoint(Section):
     EVERY_EPOCHS: int = option(1, "Save after every this many epochs; 0: only at the end.", ge=0)
     EVERY_STEPS: int = option(0, "Also save every this many steps; 0: no.", ge=0)
     KEEP: int = option(2, "Newest saves that are kept, beside best and last.", ge=1)
+    ASYNC: bool = option(
+        True,
+        "Write in the background; training waits for a copy in host memory only. False: no copy, it waits for the disk.",
+    )
     BEST_METRIC: str = option("", "Metric of results that chooses `best`. Empty: the first test accuracy.")
 
 

@@ -27,6 +27,7 @@ from vissl_like.config.schema_model import GradClip
 from vissl_like.core import checkpoint, distributed, parallel, rng, signals
 from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
 from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
+from vissl_like.core.saving import Saver
 from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
@@ -62,6 +63,7 @@ class Options:
     save_every_epochs: int = 1
     save_every_steps: int = 0
     keep: int = 2
+    save_async: bool = True
     best_metric: str = ""
 
     @property
@@ -122,6 +124,7 @@ class Training:
         device = distributed.current().device
         self.scaler = torch.amp.GradScaler(device.type) if options.arithmetic.precision == "fp16" else None
         self.guard = FiniteGuard(run_dir) if options.check_nan else None
+        self.saver = Saver(run_dir, keep=options.keep, in_background=options.save_async)
         # What a checkpoint holds beside weights and optimizer:
         self.step = 0
         self.test_due = False
@@ -142,7 +145,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train from the present state to the end; returns the final metrics. Raises Stopped after a signal."""
         self.refuse_unknown_best()
-        with signals.listen() as self.stop:
+        with signals.listen() as self.stop, contextlib.closing(self.saver):
             if self.test_due:
                 self.run_test()
             while self.step < self.options.total_steps:
@@ -153,6 +156,7 @@ class Training:
                 if self.test_due:
                     self.run_test()
             self.answer()  # every rank has asked once more than it has heard
+            self.saver.finish()
         return dict(self.results)
 
     def run_epoch(self) -> None:
@@ -325,6 +329,8 @@ class Training:
         return answer()
 
     def stopped(self) -> Stopped:
+        """The end after a signal, once everything is on the disk."""
+        self.saver.finish()
         return Stopped(
             f"stopped by {self.stop.name or 'a signal to another process'} after step {self.step} of "
             f"{self.options.total_steps}; saved in {self.run_dir}. The same command goes on from there."
@@ -392,7 +398,7 @@ class Training:
         self.results |= {f"best_{name}": value, "best_step": self.step}
         if self.saved_step != self.step:
             self.save()
-        checkpoint.mark_best(self.run_dir, self.step)
+        self.saver.mark_best(self.step)
 
     # ----------------------------------------------------------------------------------------------- save and go on
     def save(self) -> None:
@@ -411,26 +417,24 @@ class Training:
             "optimizer": state_by_name(self.optimizer, self.groups),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
-        checkpoint.save(
-            self.run_dir,
+        self.saver.save(
             step=self.step,
             model_state=self.model.state_dict(),
             training_state=state,
             ema_state=None if self.ema is None else self.ema.state_dict(),
-            keep=self.options.keep,
         )
         self.saved_step = self.step
         self.window = Window()
 
     def resume(self, saved: checkpoint.Saved) -> None:
         """Take over a checkpoint's state."""
-        state = saved.training_state()
+        weights = {name: weight for group in self.groups for name, weight in zip(group.names, group.parameters)}
+        state = saved.training_state(weights)
         self.refuse_other_order(state["identity"], saved)
         saved.load_into(self.model)
         load_state_by_name(self.optimizer, self.groups, state["optimizer"])
-        averages = saved.ema_state()
         if self.ema is not None:
-            self.ema.load_state_dict(averages if averages is not None else saved.model_state())
+            self.ema.load_state_dict(saved.ema_state() or saved.model_state())
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.test_due, self.results = state["step"], state["test_due"], state["results"]

@@ -132,7 +132,8 @@ def make_model(config: Config, splits: Splits) -> VisionModel:
     if config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN:
         model = parallel.synchronise_norms(model, group_size=config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE)
     layout = torch.channels_last if config.MACHINE.CHANNELS_LAST else torch.preserve_format
-    return model.to(distributed.current().device, memory_format=layout)
+    device = torch.device("cpu") if parallel.is_to_be_sharded(config) else distributed.current().device
+    return model.to(device, memory_format=layout)
 
 
 def sample_input(dataset: ImageDataset) -> torch.Tensor:
@@ -224,6 +225,7 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
+    parallel.arrange(model, config, inner=model.read_modules())
     groups = param_groups.make_groups(model, optimization)
     if distributed.is_main():
         log.info("parameter groups\n%s", param_groups.table(groups))
@@ -462,6 +464,7 @@ def loop_options(config: Config, plan: Plan) -> Options:
         save_every_epochs=config.CHECKPOINT.EVERY_EPOCHS,
         save_every_steps=config.CHECKPOINT.EVERY_STEPS,
         keep=config.CHECKPOINT.KEEP,
+        save_async=config.CHECKPOINT.ASYNC,
         best_metric=config.CHECKPOINT.BEST_METRIC,
     )
 

@@ -146,6 +146,11 @@ class VisionModel(nn.Module):
         found = torch.autograd.grad([output.sum() for output in outputs], wanted, allow_unused=True)
         return [name for name, gradient in zip(trained, found) if gradient is None]
 
+    def read_modules(self) -> list[str]:
+        """Dotted names of the modules whose outputs are read while the trunk runs."""
+        layers = [item.layer for item in self.pooled if item.layer != FLATTEN]
+        return [f"trunk._feature_blocks.{self.trunk.module_of(layer)}" for layer in layers]
+
     def layer_names(self) -> list[str]:
         """Names that LINEAR_EVAL_FEAT_POOL_OPS_MAP may use (deeper modules too, by their dotted names)."""
         return self.trunk.layer_names()
