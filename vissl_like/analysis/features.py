@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.rows import spans
+from vissl_like.analysis.npy_file import NpyFile
+from vissl_like.analysis.rows import as_float32, spans
 from vissl_like.errors import DataError
 from vissl_like.registry import suggest
 
@@ -346,7 +347,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 class FeatureStore:
-    """Finished features of one layer and split, read from the maps in float32 rows (n, dim); maps are flattened."""
+    """Finished features of one layer and split, read from the files in float32 rows (n, dim); maps are flattened."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layer: str) -> None:
         self.folder, self.manifest, self.layer = folder, manifest, layer
@@ -371,7 +372,7 @@ class FeatureStore:
             )
         return cls(folder / split, manifest, layer)
 
-    def _map(self, file: str, number: int) -> np.ndarray:
+    def _map(self, file: str, number: int) -> NpyFile:
         start = number * self.shard_rows
         shape = (min(self.shard_rows, self.rows - start), *self.shape)
         problem = _shard_problem(self.folder / file, shape=shape, dtype=self.dtype)
@@ -380,7 +381,7 @@ class FeatureStore:
                 f"{self.folder / file}: {problem}. Run the extraction again with the same configuration; "
                 "it makes only what is missing."
             )
-        return np.load(self.folder / file, mmap_mode="r", allow_pickle=False)
+        return NpyFile(self.folder / file)
 
     def __len__(self) -> int:
         return self.rows
@@ -391,8 +392,8 @@ class FeatureStore:
         for number in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             low = number * self.shard_rows
             first, last = max(start, low), min(stop, low + self.shard_rows)
-            part = self._shards[number][first - low : last - low]
-            result[first - start : last - start] = part.reshape(last - first, self.dim)
+            part = self._shards[number].read(first - low, last - low)
+            result[first - start : last - start] = as_float32(part.reshape(last - first, self.dim))
         return result
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -401,7 +402,8 @@ class FeatureStore:
         numbers = indices // self.shard_rows
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
-            result[here] = self._shards[number][indices[here] - number * self.shard_rows].reshape(len(here), self.dim)
+            part = self._shards[number].take(indices[here] - number * self.shard_rows)
+            result[here] = as_float32(part.reshape(len(here), self.dim))
         return result
 
     @property
