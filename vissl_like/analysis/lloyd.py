@@ -80,10 +80,10 @@ class Lloyd:
             moved, split = update(sums, counts, old=centroids)
             splits += split
             moved = unit(moved) if self.spherical else moved
-            is_same = torch.equal(moved, centroids)
-            centroids = moved
-            if is_same:
+            if torch.equal(moved, centroids):
+                objective += objective[-1:] if len(objective) < iterations else []  # what one more would find
                 break
+            centroids = moved
         return Found(centroids.cpu().numpy(), objective, counts.cpu().numpy(), splits)
 
     def _pass(self, centroids: Tensor) -> tuple[Tensor, Tensor]:

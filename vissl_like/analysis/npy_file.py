@@ -6,6 +6,7 @@ a file that was cut short, or a disk that fails, ends a mapping process by a sig
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,23 @@ class NpyFile:
         self._offset = int(array.offset)
         self._row_bytes = int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
 
+    @classmethod
+    def create(cls, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> NpyFile:
+        """A new file of this size, filled with zeros. Raises DataError where the disk has no room for it."""
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            with file.open("wb") as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.flush()
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), stream.tell(), size)
+                else:
+                    stream.truncate(stream.tell() + size)
+        except OSError as error:
+            raise _cannot_write(file, error) from error
+        return cls(file)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -41,6 +59,15 @@ class NpyFile:
             for first, last in _runs(indices):
                 self._fill(stream, result[first:last], row=int(indices[first]))
         return result
+
+    def write(self, start: int, array: np.ndarray) -> None:
+        """Put rows in place, from row `start` on."""
+        try:
+            with open(self.file, "r+b") as stream:
+                stream.seek(self._offset + start * self._row_bytes)
+                stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise _cannot_write(self.file, error) from error
 
     def _open(self) -> BinaryIO:
         try:
@@ -61,6 +88,10 @@ class NpyFile:
                 place = place[count:]
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
+
+
+def _cannot_write(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again.")
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
