@@ -32,11 +32,11 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop, (stop - start, dim) float32; the caller may change them."""
+        """Rows start..stop, (stop - start, dim) float32; not to be changed."""
         ...
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """The rows of these ascending indices, (len(indices), dim) float32; the caller may change them."""
+        """The rows of these ascending indices, (len(indices), dim) float32; not to be changed."""
         ...
 
 
@@ -51,7 +51,7 @@ class ArrayRows:
         return len(self.array)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return as_float32(self.array[start:stop].copy())
+        return as_float32(self.array[start:stop])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         return as_float32(self.array[indices])
