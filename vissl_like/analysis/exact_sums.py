@@ -33,10 +33,10 @@ class ExactSums:
     def __init__(self, k: int, dim: int, *, rows: int, magnitude: float, device: torch.device) -> None:
         """rows, magnitude: how many there are over all processes, and the largest |x| of them."""
         self.k, self.dim = k, dim
-        largest = max(rows * magnitude, 1e-30)
+        largest = max(rows * magnitude, 1e-250)
         # Adding and subtracting 1.5 * 2^e rounds to a multiple of 2^(e - 52).
         self._rounding = 1.5 * 2.0 ** (math.ceil(math.log2(largest)) + 1)
-        self._square_scale = 2.0 ** math.floor(61 - math.log2(max(largest * magnitude * dim, 1e-30)))
+        self._square_scale = 2.0 ** math.floor(61 - math.log2(max(largest * magnitude * dim, 1e-250)))
         self._sums = torch.zeros(k, dim, dtype=torch.float64, device=device)
         self._fresh: Tensor | None = None  # sums of the blocks that are not remembered
         self._counts = torch.zeros(k, dtype=torch.int64, device=device)
