@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vissl_like.analysis import exact_sums, lloyd
 from vissl_like.analysis import kmeans as module
 from vissl_like.analysis.blocks import Blocks, Shard, block_rows
+from vissl_like.analysis.cluster_report import project
 from vissl_like.analysis.exact_sums import ExactSums
 from vissl_like.analysis.kmeans import kmeans
 from vissl_like.analysis.nearest import Table, assign, assign_blocks
@@ -459,6 +460,14 @@ def test_pca_matches_the_singular_value_decomposition(threads: int) -> None:
     assert pca.explained == pytest.approx((singular[:4] ** 2).sum() / (singular**2).sum())
     assert (pca.components[np.arange(4), np.abs(pca.components).argmax(1)] > 0).all()
     np.testing.assert_allclose(pca(x[:7]), centred[:7] @ pca.components.T, atol=1e-5)
+
+
+def test_projection_for_the_report_is_that_of_the_pca() -> None:
+    x = blobs(n=400, dim=40, spread=0.3)
+    np.testing.assert_allclose(project(x), fit_pca(ArrayRows(x), 2)(x), atol=2e-3)
+    line = np.arange(9, dtype=np.float32)[:, None] * np.array([[3, 4, 0]], dtype=np.float32)
+    np.testing.assert_allclose(project(line), np.stack([5 * np.arange(-4, 5), np.zeros(9)], axis=1), atol=1e-4)
+    assert not project(np.ones((1, 5), dtype=np.float32)).any() and project(line[:, :1]).shape == (9, 2)
 
 
 def test_pca_bits_do_not_depend_on_threads() -> None:

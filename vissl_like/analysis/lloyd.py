@@ -20,6 +20,8 @@ from vissl_like.analysis.rows import one_thread, spans
 
 logger = logging.getLogger(__name__)
 
+# Centroids that are converted to float64 at a time.
+_AT_ONCE = 128
 # The two halves of a split cluster are moved apart by this share of their coordinates.
 _SPLIT = 1.0 / 1024
 _FAISS_SPLIT_SEED = 1234
@@ -104,7 +106,7 @@ class Lloyd:
 def objective_of(centroids: Tensor, sums: Tensor, counts: Tensor, *, squares: float) -> float:
     """Sum of |x - c|^2 over all rows: sum |x|^2 + sum over clusters of (n_k c - 2 S_k).c, in float64."""
     total = squares
-    for start, stop in spans(len(centroids), 1024):
+    for start, stop in spans(len(centroids), _AT_ONCE):
         c = centroids[start:stop].double()
         total += float(((counts[start:stop, None] * c - 2 * sums[start:stop]) * c).sum())
     return max(total, 0.0)
@@ -113,8 +115,10 @@ def objective_of(centroids: Tensor, sums: Tensor, counts: Tensor, *, squares: fl
 def update(sums: Tensor, counts: Tensor, *, old: Tensor) -> tuple[Tensor, int]:
     """Means of the clusters (K, D); an empty one gets half of another. Also returns the number of splits."""
     filled = counts > 0
-    means = (sums / counts.clamp_min(1)[:, None]).float()
-    centroids = torch.where(filled[:, None], means, old)
+    centroids = old.clone()
+    for start, stop in spans(len(old), _AT_ONCE):
+        means = sums[start:stop] / counts[start:stop, None].clamp_min(1)
+        centroids[start:stop] = torch.where(filled[start:stop, None], means.float(), old[start:stop])
     splits = donors(counts.cpu().numpy())
     signs = torch.ones(old.shape[1], device=old.device)
     signs[::2], signs[1::2] = 1 + _SPLIT, 1 - _SPLIT
@@ -153,5 +157,5 @@ def donors(counts: np.ndarray) -> list[tuple[int, int]]:
 
 def unit(centroids: Tensor) -> Tensor:
     """Each row divided by its length; rows of zeros stay."""
-    lengths = squared_lengths(centroids).sqrt()
-    return (centroids / torch.where(lengths > 0, lengths, 1.0)[:, None]).float()
+    lengths = squared_lengths(centroids).sqrt().float()
+    return centroids / torch.where(lengths > 0, lengths, 1.0)[:, None]

@@ -18,6 +18,9 @@ from vissl_like.analysis.rows import Rows, not_finite, original_row, spans
 from vissl_like.config.plan import usable_cores
 from vissl_like.errors import DataError
 
+# Centroids that are converted to float64 at a time.
+_AT_ONCE = 128
+
 #: Arithmetic of the products of rows and centroids.
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -70,7 +73,7 @@ def _tf32() -> Iterator[None]:
 
 def squared_lengths(centroids: Tensor) -> Tensor:
     """|c|^2 in float64, (K, D) -> (K,), without a copy of all of them in float64."""
-    parts = [centroids[start:stop].double().square_().sum(1) for start, stop in spans(len(centroids), 1024)]
+    parts = [centroids[start:stop].double().square_().sum(1) for start, stop in spans(len(centroids), _AT_ONCE)]
     return torch.cat(parts)
 
 
