@@ -6,7 +6,6 @@ Letters: n rows, b of them in a block, D dimensions, K clusters, S (K, D) the su
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +46,6 @@ class Lloyd:
     ) -> None:
         self.blocks, self.k, self.spherical, self.precision = blocks, k, spherical, precision
         self.magnitude = magnitude
-        self._own = threading.local()
 
     def run(self, first: np.ndarray, *, iterations: int) -> Found:
         """From the rows `first` (K,) until nothing changes or `iterations` are done."""
@@ -84,7 +82,7 @@ class Lloyd:
         table = Table(centroids, spherical=self.spherical, precision=self.precision)
 
         def put(span: tuple[int, int], block: Tensor) -> float:
-            labels = table.nearest(block, out=self._scores(len(block)))
+            labels = table.nearest(block)
             exact.put(span, block, labels)
             is_checked = span[0] == 0 and self.precision != "float32"
             return table.loss_of(labels, block) if is_checked else 0.0
@@ -93,14 +91,6 @@ class Lloyd:
         if self.precision != "float32" and float(self.blocks.shard.reduce(losses)) > LARGEST_LOSS:
             logger.warning("CLUSTERFIT.PRECISION=%s makes the clusters worse; going on in float32", self.precision)
             self.precision = "float32"
-
-    def _scores(self, rows: int) -> Tensor | None:
-        """Memory of this thread for scores on a CPU: fresh memory for each block costs a tenth of the time."""
-        if self.blocks.device.type != "cpu":
-            return None
-        if not hasattr(self._own, "scores") or len(self._own.scores) < rows:
-            self._own.scores = torch.empty(rows, self.k)
-        return self._own.scores  # type: ignore[no-any-return]
 
 
 def objective_of(centroids: Tensor, sums: Tensor, counts: Tensor, *, squares: float) -> float:

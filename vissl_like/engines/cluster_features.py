@@ -38,7 +38,10 @@ log = logging.getLogger(__name__)
 Step = Callable[[np.ndarray], np.ndarray]
 
 
-# Rows whose labels a process hands over at a time.
+#: First row, labels (b,) int64, squared distances (b,) float32.
+LabelledRows = tuple[int, np.ndarray, np.ndarray]
+
+# Rows whose labels a process hands over at a time; more than a block has.
 _ROUND_ROWS = 1 << 16
 
 
@@ -259,26 +262,27 @@ def assign_split(rows: Rows, found: KMeansResult, *, output: Path, split: str, c
     mine = assign_blocks(
         rows, found.centroids, shard=shard, device=world.device, threads=loading_of(config).threads, what=f"features of {split}"
     )
-    for part in _rounds(mine):
-        for start, *arrays in part:
+    for parts in _rounds(mine):
+        for start, *arrays in parts:
             for target, array in zip(targets, arrays, strict=False):
                 target.write(start, array)
     return files
 
 
-def _rounds(blocks: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
-    """The blocks of all ranks, some at a time, until every rank is through; so that no rank holds all of them."""
+def _rounds(blocks: Iterator[LabelledRows]) -> Iterator[list[LabelledRows]]:
+    """The consecutive blocks of each rank, joined to some thousands of rows of each at a time, until all are through."""
+    labels, distances = np.empty(_ROUND_ROWS, dtype=np.int64), np.empty(_ROUND_ROWS, dtype=np.float32)
+    block = next(blocks, None)
     while True:
-        part, count = [], 0
-        for block in blocks:
-            part.append(block)
-            count += len(block[1])
-            if count >= _ROUND_ROWS:
-                break
-        gathered = distributed.all_gather_object(part)
-        if not any(gathered):
+        first, count = block[0] if block else 0, 0
+        while block and count + len(block[1]) <= _ROUND_ROWS:
+            rows = slice(count, count + len(block[1]))
+            labels[rows], distances[rows] = block[1:]
+            count, block = rows.stop, next(blocks, None)
+        parts = distributed.all_gather_object((first, labels[:count], distances[:count]))
+        if not any(len(part[1]) for part in parts):
             return
-        yield list(chain.from_iterable(gathered))
+        yield parts
 
 
 # --------------------------------------------------------------------------------------------------------------- output
