@@ -154,7 +154,10 @@ def growth(name: str, *, rows: int, dim: int, k: int) -> float:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Each variant in a process of its own, with one and with two times the rows."""
-    print(f"{'MB beyond the rows':<24}" + "".join(f"{f'{n} rows ({4 * n * arguments.dim >> 20} MB)':>28}" for n in sizes(arguments)))
+    print(
+        f"{'MB beyond the rows':<24}"
+        + "".join(f"{f'{n} rows ({4 * n * arguments.dim >> 20} MB)':>28}" for n in sizes(arguments))
+    )
     for name in ("ours", "faiss", "scikit-learn"):
         cells = [in_a_process(name, rows, arguments) for rows in sizes(arguments)]
         print(f"{name:<24}" + "".join(f"{cell:28.0f}" for cell in cells))

@@ -62,7 +62,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix in (".npy", ".npz", ".part") or file.name == "manifest.json"
+        if (file.is_file() and file.suffix in (".npy", ".npz", ".part")) or file.name == "manifest.json"
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_objective_falls_and_is_that_of_the_assignment(seed: int, k: int, spheri
     ]
     objective = results[1].objective
     if not results[1].num_splits:
-        assert all(later <= before * (1 + 1e-6) for before, later in zip(objective, objective[1:]))
+        assert all(later <= before * (1 + 1e-6) for before, later in pairwise(objective))
     if len(objective) == 5:  # the centroids after 4 iterations are those of the fifth objective
         _, distances = assign(ArrayRows(x), results[0].centroids)
         np.testing.assert_allclose(objective[4], distances.sum(dtype=np.float64), rtol=1e-4, atol=1e-5)
@@ -246,7 +247,9 @@ def plus_plus(x: np.ndarray, k: int, *, seed: int, **options: Any) -> np.ndarray
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 1500), share=st.floats(0.01, 1), candidates=st.sampled_from([3, 1024]))
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(2, 1500), share=st.floats(0.01, 1), candidates=st.sampled_from([3, 1024])
+)
 def test_plus_plus_draws_what_one_by_one_draws(seed: int, n: int, share: float, candidates: int) -> None:
     from vissl_like.analysis import seeding
 

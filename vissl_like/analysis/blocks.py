@@ -47,7 +47,14 @@ class Blocks:
     """
 
     def __init__(
-        self, rows: Rows, *, size: int, device: torch.device, threads: int = 1, shard: Shard = ALONE, cache_bytes: int = 0
+        self,
+        rows: Rows,
+        *,
+        size: int,
+        device: torch.device,
+        threads: int = 1,
+        shard: Shard = ALONE,
+        cache_bytes: int = 0,
     ) -> None:
         self.rows, self.device, self.shard = rows, device, shard
         every = spans(len(rows), size)

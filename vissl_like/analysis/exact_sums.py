@@ -88,7 +88,9 @@ class ExactSums:
         for start, stop in spans(len(rows), max(1, _AT_ONCE // self.dim) if rows.device.type == "cpu" else len(rows)):
             exact = self._space(stop - start, rows.device).copy_(rows[start:stop])
             exact.add_(self._rounding).sub_(self._rounding)
-            squares = round(float(torch.dot(exact.flatten(), exact.flatten())) * self._square_scale) if self._is_first else 0
+            squares = (
+                round(float(torch.dot(exact.flatten(), exact.flatten())) * self._square_scale) if self._is_first else 0
+            )
             with self._lock:
                 self._squares += squares
                 sums.index_add_(0, labels[start:stop], exact)

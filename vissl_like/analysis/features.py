@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vissl_like.analysis.npy_file import NpyFile
-from vissl_like.analysis.rows import as_float32, spans
+from vissl_like.analysis.rows import as_float32, as_stored, spans
 from vissl_like.errors import DataError
 from vissl_like.registry import suggest
 
@@ -133,9 +133,8 @@ class FeatureWriter:
                 f"layer {name!r}: features of rows {start}..{stop - 1} have shape {tuple(array.shape)}, but the first image's "
                 f"have {tuple(layer['shape'])}. All images must have one size: add Resize and CenterCrop to the TRANSFORMS."
             )
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array, dtype=layer["dtype"])
-        if not np.isfinite(stored).all():
+        stored, is_finite = as_stored(array, layer["dtype"])
+        if not is_finite:
             row = start + int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
             cure = (
                 "They overflow float16: set EXTRACT_FEATURES.DTYPE=float32."

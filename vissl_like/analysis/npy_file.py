@@ -78,20 +78,24 @@ class NpyFile:
     def _fill(self, stream: BinaryIO, target: np.ndarray, *, row: int) -> None:
         if not target.nbytes:
             return
-        place = memoryview(target.reshape(-1).view(np.uint8))
+        place = target.reshape(-1).view(np.uint8).data
         try:
             stream.seek(self._offset + row * self._row_bytes)
             while place:
                 count = stream.readinto(place)  # type: ignore[attr-defined]
                 if not count:
-                    raise DataError(f"{self.file}: ends before row {row + len(target) - 1}; it was cut short. Make it again.")
+                    raise DataError(
+                        f"{self.file}: ends before row {row + len(target) - 1}; it was cut short. Make it again."
+                    )
                 place = place[count:]
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
 
 
 def _cannot_write(file: Path, error: OSError) -> DataError:
-    return DataError(f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again.")
+    return DataError(
+        f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again."
+    )
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:

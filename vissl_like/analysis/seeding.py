@@ -115,7 +115,9 @@ class _Clocks:
         """Let the time of the round before pass, then draw up to `limit` rows; None if all rows are among the chosen."""
         for _ in self.blocks.each(lambda span, block: self._advance(span, block, before)):
             pass
-        bounds, rows, left, weights = self._soonest({s: (self.left[s], self.weights[s]) for s in self.left}, _CANDIDATES + 1)
+        bounds, rows, left, weights = self._soonest(
+            {s: (self.left[s], self.weights[s]) for s in self.left}, _CANDIDATES + 1
+        )
         real = int(np.isfinite(bounds).sum())
         if not real:
             return None

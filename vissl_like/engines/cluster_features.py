@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from vissl_like.analysis.blocks import ALONE, Shard
 from vissl_like.analysis.cluster_metrics import agreement
 from vissl_like.analysis.cluster_report import write_report_data
 from vissl_like.analysis.features import FeatureStore
-from vissl_like.analysis.blocks import ALONE, Shard
 from vissl_like.analysis.kmeans import KMeansResult, kmeans, pick_backend
 from vissl_like.analysis.nearest import assign_blocks
 from vissl_like.analysis.npy_file import NpyFile
@@ -245,7 +245,9 @@ def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
 
     if backend == "faiss":
         if world.size > 1 and distributed.is_main():
-            log.info("CLUSTER_BACKEND=faiss runs in one process; the %d others wait. torch shares the work.", world.size - 1)
+            log.info(
+                "CLUSTER_BACKEND=faiss runs in one process; the %d others wait. torch shares the work.", world.size - 1
+            )
         return on_main(lambda: fit(config.MACHINE.NUM_THREADS or usable_cores(), ALONE))
     return fit(loading_of(config).threads, Shard(world.rank, world.size, distributed.all_reduce_sum))
 
@@ -256,11 +258,16 @@ def assign_split(rows: Rows, found: KMeansResult, *, output: Path, split: str, c
     files = (output / f"{split}_labels.npy.part", output / f"{split}_distances.npy.part")
     targets: list[NpyFile] = []
     if world.rank == 0:
-        kinds = (np.dtype(np.int64), np.dtype(np.float32))
+        kinds: tuple[np.dtype[Any], ...] = (np.dtype(np.int64), np.dtype(np.float32))
         targets = [NpyFile.create(file, (len(rows),), kind) for file, kind in zip(files, kinds, strict=True)]
     shard = Shard(world.rank, world.size)
     mine = assign_blocks(
-        rows, found.centroids, shard=shard, device=world.device, threads=loading_of(config).threads, what=f"features of {split}"
+        rows,
+        found.centroids,
+        shard=shard,
+        device=world.device,
+        threads=loading_of(config).threads,
+        what=f"features of {split}",
     )
     for parts in _rounds(mine):
         for start, *arrays in parts:
