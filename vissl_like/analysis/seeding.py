@@ -74,7 +74,7 @@ def plus_plus_rows(blocks: Blocks, k: int, *, seed: int, attempt: int = 0) -> np
     """K rows drawn by k-means++, int64 (K,), in the order they were drawn. Every process of the shard calls it.
 
     Where fewer than K rows differ, the rest are other rows at random. Takes K products of all rows, as one iteration of
-    Lloyd in float64, and 16 bytes per row.
+    Lloyd but in float64, and 16 bytes per row.
     """
     with one_thread():
         state = _Clocks(blocks, seed=seed, attempt=attempt)

@@ -126,7 +126,7 @@ class ClusterFit(Section):
         "process, with all rows that are trained on in its memory. auto: torch.",
     )
     INIT: Literal["random", "kmeans++"] = option(
-        "random", "First centroids: random rows, or k-means++, which costs about two more iterations."
+        "random", "First centroids: random rows, or k-means++, which costs as much as some iterations."
     )
     PRECISION: Literal["float32", "tf32", "bfloat16"] = option(
         "float32",
