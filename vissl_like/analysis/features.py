@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.rows import spans
+from vissl_like.analysis.npy_file import NpyFile
+from vissl_like.analysis.rows import as_float32, as_stored, spans
 from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, create_array, row_sums
 from vissl_like.errors import DataError
 from vissl_like.files import damage, read_json, record_of, refusals_explained, write_array, write_json
@@ -141,9 +142,8 @@ class FeatureWriter:
                 f"layer {name!r}: features of rows {start}..{stop - 1} have shape {tuple(array.shape)}, but the first image's "
                 f"have {tuple(layer['shape'])}. All images must have one size: add Resize and CenterCrop to the TRANSFORMS."
             )
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array, dtype=layer["dtype"])
-        if not np.isfinite(stored).all():
+        stored, is_finite = as_stored(array, layer["dtype"])
+        if not is_finite:
             row = start + int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
             cure = (
                 "They overflow float16: set EXTRACT_FEATURES.DTYPE=float32."
@@ -344,7 +344,7 @@ def _write_arrays(folder: Path, subject: Subject) -> None:
 
 
 class FeatureStore:
-    """Finished features of one layer and split, read from the maps in float32 rows (n, dim); maps are flattened."""
+    """Finished features of one layer and split, read from the files in float32 rows (n, dim); maps are flattened."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layer: str) -> None:
         self.folder, self.manifest, self.layer = folder, manifest, layer
@@ -371,7 +371,7 @@ class FeatureStore:
             )
         return cls(folder / split, manifest, layer)
 
-    def _map(self, file: str, number: int) -> np.ndarray:
+    def _map(self, file: str, number: int) -> NpyFile:
         start = number * self.shard_rows
         shape = (min(self.shard_rows, self.rows - start), *self.shape)
         problem = array_problem(self.folder / file, shape=shape, dtype=self.dtype)
@@ -380,7 +380,7 @@ class FeatureStore:
                 f"{self.folder / file}: {problem}. Run the extraction again with the same configuration; "
                 "it makes only what is missing."
             )
-        return np.load(self.folder / file, mmap_mode="r", allow_pickle=False)
+        return NpyFile(self.folder / file)
 
     def _array(self, name: str) -> np.ndarray:
         """A file beside the shards, if it is as the extraction left it."""
@@ -416,9 +416,9 @@ class FeatureStore:
         for number in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             low = number * self.shard_rows
             first, last = max(start, low), min(stop, low + self.shard_rows)
-            part = self._shards[number][first - low : last - low]
+            part = self._shards[number].read(first - low, last - low)
             self._check(part, np.arange(first, last))
-            result[first - start : last - start] = part.reshape(last - first, self.dim)
+            result[first - start : last - start] = as_float32(part.reshape(last - first, self.dim))
         return result
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -427,9 +427,9 @@ class FeatureStore:
         numbers = indices // self.shard_rows
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
-            part = self._shards[number][indices[here] - number * self.shard_rows]
+            part = self._shards[number].take(indices[here] - number * self.shard_rows)
             self._check(part, indices[here])
-            result[here] = part.reshape(len(here), self.dim)
+            result[here] = as_float32(part.reshape(len(here), self.dim))
         return result
 
     @property

@@ -124,7 +124,20 @@ class ClusterFit(Section):
     NUM_CLUSTERS: int = option(16000, "Number of clusters K.", ge=1)
     NUM_ITER: int = option(50, "Lloyd iterations.", ge=1)
     CLUSTER_BACKEND: Literal["auto", "faiss", "torch"] = option(
-        "auto", "auto: faiss on the CPU where it is installed, else torch."
+        "auto",
+        "torch: reads rows block by block, shared by all processes, the same bits at any number of them; faiss: on the main "
+        "process, with all rows that are trained on in its memory. auto: torch.",
+    )
+    INIT: Literal["random", "kmeans++"] = option(
+        "random", "First centroids: random rows, or k-means++, which costs as much as some iterations."
+    )
+    PRECISION: Literal["float32", "tf32", "bfloat16"] = option(
+        "float32",
+        "Arithmetic of the products of rows and centroids during the iterations (torch). tf32 and bfloat16 are for GPUs, and "
+        "given up where they make the objective of a block 0.1 % worse. Labels are always assigned in float32.",
+    )
+    CACHE_MB: int = option(
+        128, "Rows that each process keeps in host memory between iterations (torch); the others are read again.", ge=0
     )
     SEED: int = option(-1, "Seed of the initial centroids; -1: SEED_VALUE.", ge=-1)
     NUM_REDO: int = option(1, "Runs from different centroids; the lowest objective wins.", ge=1)
