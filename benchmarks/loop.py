@@ -168,9 +168,7 @@ def ours(name: str, *, is_logged: bool) -> Variant:
     return run
 
 
-def our_training(
-    model: VisionModel, batches: Clocked, record: Writers, folder: Path, *, log_every: int
-) -> Training:
+def our_training(model: VisionModel, batches: Clocked, record: Writers, folder: Path, *, log_every: int) -> Training:
     options = Optimizer(NAME="sgd", MOMENTUM=MOMENTUM, WEIGHT_DECAY=DECAY)
     groups = make_groups(model, options)
     index, weight = torch.arange(BATCH), torch.tensor(1.0)
@@ -192,9 +190,7 @@ def our_training(
             num_epochs=2,
         ),
         feed=Feed(train=feed, to_input=lambda images: images),
-        options=Options(
-            seed=0, num_epochs=2, steps_per_epoch=len(batches), log_every=log_every, save_every_epochs=0
-        ),
+        options=Options(seed=0, num_epochs=2, steps_per_epoch=len(batches), log_every=log_every, save_every_epochs=0),
         run_dir=folder,
         record=record,
     )

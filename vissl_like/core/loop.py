@@ -23,10 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vissl_like.config.schema import Profile
 from vissl_like.config.schema_model import GradClip
 from vissl_like.core import checkpoint, distributed, parallel, rng, signals
 from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
 from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
+from vissl_like.core.profile import make_profile
 from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
@@ -63,6 +65,7 @@ class Options:
     save_every_steps: int = 0
     keep: int = 2
     best_metric: str = ""
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def total_steps(self) -> int:
@@ -122,6 +125,7 @@ class Training:
         device = distributed.current().device
         self.scaler = torch.amp.GradScaler(device.type) if options.arithmetic.precision == "fp16" else None
         self.guard = FiniteGuard(run_dir) if options.check_nan else None
+        self.profile = make_profile(options.profile, run_dir)
         # What a checkpoint holds beside weights and optimizer:
         self.step = 0
         self.test_due = False
@@ -142,7 +146,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train from the present state to the end; returns the final metrics. Raises Stopped after a signal."""
         self.refuse_unknown_best()
-        with signals.listen() as self.stop:
+        with signals.listen() as self.stop, contextlib.closing(self.profile):
             if self.test_due:
                 self.run_test()
             while self.step < self.options.total_steps:
@@ -162,12 +166,17 @@ class Training:
         self.wrapped.train()
         self.window = Window()
         for _ in range(first, self.options.steps_per_epoch):
+            self.profile.begin("data wait")
             micro_batches = self.fetch()
+            self.profile.begin("other")
             self.prepare()
             self.forward_backward(micro_batches)
+            self.profile.begin("optimizer")
             norm = self.clip()
             self.update()
+            self.profile.begin("books")
             self.keep_books(norm)
+            self.profile.end_step(self.step, micro_batches)
         self.end_epoch()
 
     def fetch(self) -> list[Batch]:
@@ -201,16 +210,20 @@ class Training:
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
+            self.profile.begin("transfer")
             inputs = self.options.arithmetic.to_device(batch, self.feed.to_input)
+            self.profile.begin("forward")
             with contextlib.nullcontext() if is_last else parallel.without_exchange(self.wrapped):
                 with self.options.arithmetic.autocast():
                     values = self.wrapped(inputs)
+                self.profile.begin("backward")
                 losses.append(values["loss"].detach())
                 if is_last and self.guard is not None:
                     self.guard.look(losses)
                 share = float(batch["weight"]) / len(micro_batches)  # `weight` stays on the host
                 loss = values["loss"] if share == 1.0 else values["loss"] * share
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            self.profile.begin("books")
             self.count(values, share=share, rows=len(batch["index"]))
         if self.guard is not None:
             epoch = self.step // self.options.steps_per_epoch

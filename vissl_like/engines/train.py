@@ -425,6 +425,7 @@ def loop_options(config: Config, plan: Plan) -> Options:
         save_every_steps=config.CHECKPOINT.EVERY_STEPS,
         keep=config.CHECKPOINT.KEEP,
         best_metric=config.CHECKPOINT.BEST_METRIC,
+        profile=config.PROFILE,
     )
 
 
