@@ -123,10 +123,10 @@ def network(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
-def bare(name: str) -> Variant:
-    """What one would write by hand."""
+def bare(name: str, *, is_fused: bool = False) -> Variant:
+    """What one would write by hand; the optimizer as PyTorch chooses it on a CPU, or with its fused step, as ours."""
     model = nn.Sequential(*network(name)).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, fused=is_fused)
 
     def run(steps: int) -> float:
         batches = Clocked(steps)
@@ -294,7 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     name = arguments.model
-    variants = {"bare": bare(name), "ours": ours(name, is_logged=False), "ours, logged": ours(name, is_logged=True)}
+    variants = {
+        "bare": bare(name),
+        "bare, fused step": bare(name, is_fused=True),
+        "ours": ours(name, is_logged=False),
+        "ours, logged": ours(name, is_logged=True),
+    }
     if arguments.peers == "all" and importlib.util.find_spec("lightning") is None:
         print("Lightning is not installed and left out; for the comparison: pip install lightning")
     elif arguments.peers == "all":
