@@ -90,7 +90,10 @@ class Profile(Unprofiled):
     def close(self) -> None:
         """Write what there is: a short training may end in the middle of its profile."""
         self._end_region()
-        self._stop_timing()
+        try:
+            self._stop_timing()
+        except RuntimeError:  # the GPU has failed, which the training itself reports
+            return
         self._write()
 
     def _advance(self) -> None:
