@@ -28,6 +28,7 @@ from vissl_like.config.schema_model import GradClip
 from vissl_like.core import checkpoint, distributed, parallel, rng, signals
 from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
 from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
+from vissl_like.core.loss_sum import LossSum
 from vissl_like.core.profile import make_profile
 from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
@@ -130,7 +131,7 @@ class Training:
         self.step = 0
         self.test_due = False
         self.results: dict[str, Any] = {}
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_sum = LossSum()
         self.rows = 0
         # What it does not need to hold:
         self.saved_step = -1
@@ -267,8 +268,8 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------- the books
     def count(self, values: Mapping[str, Tensor], *, share: float, rows: int) -> None:
-        """Add a micro-batch to the running sums, on the device."""
-        self.loss_sum.add_(values["loss"].detach(), alpha=rows)
+        """Add a micro-batch to the running sums, without waiting for the device."""
+        self.loss_sum.add(values["loss"], rows=rows)
         self.rows += rows
         self.window.rows += rows
         if self.line is not None:
@@ -305,13 +306,13 @@ class Training:
 
     def close_epoch(self) -> None:
         """Write the epoch's means and start new sums."""
-        local = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.rows)]).cpu()
+        local = torch.tensor([self.loss_sum.value(), self.rows], dtype=torch.float64)
         loss_sum, rows = distributed.all_reduce_sum(local).tolist()
         means = {"train_loss": loss_sum / max(rows, 1.0), **self.task.train_metrics("train")}
         epoch = self.step // self.options.steps_per_epoch
         self.record.metrics({"kind": "train_epoch", "step": self.step, "epoch": epoch, **means})
         self.results |= means
-        self.loss_sum.zero_()
+        self.loss_sum.start_at(0.0)
         self.rows = 0
         self.feed.pass_ended()
         is_last = self.step >= self.options.total_steps
@@ -415,7 +416,7 @@ class Training:
             return
         if self.guard is not None:
             refuse_bad_weights(self.model, step=self.step)
-        mine = {"loss_sum": self.loss_sum.item(), "rows": self.rows, "running": self.task.running_state()}
+        mine = {"loss_sum": self.loss_sum.value(), "rows": self.rows, "running": self.task.running_state()}
         state = {
             "step": self.step,
             "test_due": self.test_due,
@@ -458,7 +459,7 @@ class Training:
             mine = [ranks[world.rank]]
         else:
             mine = ranks if world.rank == 0 else []
-        self.loss_sum.fill_(sum(part["loss_sum"] for part in mine))
+        self.loss_sum.start_at(sum(part["loss_sum"] for part in mine))
         self.rows = sum(part["rows"] for part in mine)
         self.task.load_running_state([part["running"] for part in mine])
 
