@@ -90,6 +90,19 @@ class Loggers(Section):
     WANDB: Wandb = group(Wandb, "Weights & Biases.")
 
 
+class Profile(Section):
+    ENABLED: bool = option(False, "Time and trace some training steps: RUN.DIR/profile says where their time went.")
+    WAIT: int = option(10, "Steps of this launch that come before.", ge=0)
+    STEPS: int = option(20, "Steps that are timed; as many are traced afterwards.", ge=1)
+    WARMUP: int = option(2, "Steps after the timed ones with the tracer on that do not count.", ge=0)
+    CPU: bool = option(True, "Trace operations on the CPU.")
+    GPU: bool = option(True, "Trace kernels on the GPU, if there is one.")
+    SHAPES: bool = option(False, "Trace the shapes of inputs.")
+    MEMORY: bool = option(False, "Trace allocations of memory.")
+    STACKS: bool = option(False, "Trace the source line of each operation (slow).")
+    RANKS: list[int] = option([0], "Processes that are profiled.")
+
+
 class Task(Section):
     NAME: str = option("supervised", "Training task (`list tasks`).")
 
@@ -169,6 +182,7 @@ class Config(Section):
     DISTRIBUTED: Distributed = group(Distributed, "Processes and machines.")
     CHECKPOINT: Checkpoint = group(Checkpoint, "Saving and resuming.")
     LOGGERS: Loggers = group(Loggers, "Where metrics go, beside metrics.jsonl.")
+    PROFILE: Profile = group(Profile, "Where the time of training steps goes.")
     DATA: Data = group(Data, "Images and labels.")
     TASK: Task = group(Task, "What is trained.")
     MODEL: Model = group(Model, "The network.")

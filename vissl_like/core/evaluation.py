@@ -83,8 +83,9 @@ class Arithmetic:
         Random numbers of the transforms, `draws`, stay on the host and go no further.
         """
         device = distributed.current().device
+        on_host = device.type == "cpu"  # where the batch is already
         moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value if on_host or not isinstance(value, Tensor) else value.to(device, non_blocking=True)
             for name, value in batch.items()
             if name != "draws"
         }

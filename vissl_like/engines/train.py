@@ -466,6 +466,7 @@ def loop_options(config: Config, plan: Plan) -> Options:
         keep=config.CHECKPOINT.KEEP,
         save_async=config.CHECKPOINT.ASYNC,
         best_metric=config.CHECKPOINT.BEST_METRIC,
+        profile=config.PROFILE,
     )
 
 
