@@ -38,8 +38,16 @@ class Distributed(Section):
     NUM_NODES: int = option(1, "Machines.", ge=1)
     NUM_PROC_PER_NODE: int = option(0, "Processes per machine; 0: one per GPU, one on a CPU.", ge=0)
     BACKEND: Literal["auto", "gloo", "nccl"] = option("auto", "auto: nccl on GPUs, gloo on CPUs.")
-    ENDPOINT: str = option("", "host:port on which the machines meet (NUM_NODES > 1); the same on every machine.")
-    NODE_ID: int = option(-1, "This machine's number; -1: not needed.", ge=-1)
+    ENDPOINT: str = option(
+        "", "host:port where several machines meet: an address of one of them, the same words on every machine."
+    )
+    NODE_ID: int = option(
+        -1, "0: the first machine, which serves the endpoint; -1: the one that has its address is the first.", ge=-1
+    )
+    JOIN_TIMEOUT_S: int = option(600, "Seconds that several machines wait for each other, also after a restart.", ge=1)
+    MAX_RESTARTS: int = option(
+        3, "How often several machines start their processes again after a process or a machine was lost.", ge=0
+    )
     BROADCAST_BUFFERS: bool = option(True, "Broadcast buffers from rank 0 at each step (DDP).")
     BUCKET_CAP_MB: int = option(25, "Size of gradient buckets in MB (DDP).", ge=1)
     TIMEOUT_S: int = option(1800, "Seconds after which a collective operation gives up.", ge=1)

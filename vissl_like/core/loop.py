@@ -325,6 +325,7 @@ class Training:
         return answer()
 
     def stopped(self) -> Stopped:
+        signals.is_being_answered()
         return Stopped(
             f"stopped by {self.stop.name or 'a signal to another process'} after step {self.step} of "
             f"{self.options.total_steps}; saved in {self.run_dir}. The same command goes on from there."
