@@ -2,7 +2,8 @@
 
 KILL_AFTER=n kills -9 in the n-th step of this process, KILL_DELAY_S seconds later (so that it may strike while a
 checkpoint is being written). SIGNAL_AFTER=n has SIGTERM sent to the whole process group instead, as clusters do;
-with SIGNAL_DELAY_S it reaches the loader's processes that many seconds before this one.
+with SIGNAL_DELAY_S it reaches the loader's processes that many seconds before this one. KILL_GROUP_AFTER=n kills the
+whole process group: this rank, the others of its launcher, and the launcher.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Mortal(Supervised):
         Mortal.steps += 1
         if str(Mortal.steps) == os.environ.get("KILL_AFTER"):
             threading.Thread(target=die, args=[float(os.environ.get("KILL_DELAY_S", "0"))], daemon=True).start()
+        if str(Mortal.steps) == os.environ.get("KILL_GROUP_AFTER"):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
         if str(Mortal.steps) == os.environ.get("SIGNAL_AFTER"):
             signal_to_all(float(os.environ.get("SIGNAL_DELAY_S", "0")))
         return super().forward(batch)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -41,6 +41,7 @@ def run_together(session: Session, plan: Plan) -> dict[str, Any]:
 
     Raises what ended the run on any machine: the same on every one.
     """
+    logs.quieten_libraries()
     watch = Watch(session)
     with forwarded_signals() as received:
         while True:
@@ -72,8 +73,7 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
             monitor_interval=POLL_S,
         )
         logs_specs = DefaultLogsSpecs(log_dir=words_dir)
-        # No exit barrier (of torch: the machines tell each other how they ended here).
-        agent = LocalElasticAgent(spec, logs_specs, exit_barrier_timeout=0.01, shutdown_timeout=GRACE_S)
+        agent = LocalElasticAgent(spec, logs_specs, shutdown_timeout=GRACE_S)
         try:
             result = agent.run()
             if result.is_failed():
@@ -88,6 +88,13 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
             return Ending.of(error)
 
 
+class _NoBarrier(PrefixStore):
+    """The store by which the agents number their ranks. At the end they do not wait for each other: Watch.settle does."""
+
+    def wait(self, *keys: Any) -> None:
+        pass
+
+
 class _Handler(RendezvousHandler):
     """What torch elastic's agent asks about other machines, answered for one round."""
 
@@ -98,7 +105,7 @@ class _Handler(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         now = self._round
-        store = TCPStore(now.host, now.port, wait_for_workers=False)
+        store = _NoBarrier("agents", TCPStore(now.host, now.port, wait_for_workers=False))
         where = RendezvousStoreInfo(now.host, now.port)
         return RendezvousInfo(store, now.machine, now.num_machines, where)
 
@@ -111,7 +118,7 @@ class _Handler(RendezvousHandler):
         return "vissl_like"
 
     def get_run_id(self) -> str:
-        return f"{self._watch.session.run_dir}.{self._round.number}"
+        return f"round{self._round.number}"
 
     def is_closed(self) -> bool:
         return False
