@@ -56,9 +56,7 @@ def launch(job: Job, run_dir: Path | str, info: LaunchInfo) -> dict[str, Any]:
     return _launch_on_machines(job, plan, run_dir, info, processes)
 
 
-def _launch_on_machines(
-    job: Job, plan: Plan, run_dir: Path, info: LaunchInfo, processes: Processes
-) -> dict[str, Any]:
+def _launch_on_machines(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo, processes: Processes) -> dict[str, Any]:
     from vissl_like.launch import nodes
 
     is_known = not nodes.is_meeting() and folder.is_run(run_dir) and not folder.holds_other(job, run_dir)
@@ -74,9 +72,7 @@ def _launch_on_machines(
             return results
 
 
-def _lead(
-    job: Job, plan: Plan, run_dir: Path, info: LaunchInfo, session: Session | None = None
-) -> dict[str, Any]:
+def _lead(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo, session: Session | None = None) -> dict[str, Any]:
     """As the only or the first machine, the one that writes the run folder."""
     check_inputs(job)
     folder.check_reuse(job, plan, run_dir)

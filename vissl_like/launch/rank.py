@@ -174,8 +174,6 @@ def as_exception(word: RankError) -> Exception:
         return mistake(word.kind, word.message, exit_code=word.exit_code)
     if word.is_lost:
         return Lost(f"rank {word.rank} lost the connection to another process", word.traceback)
-    failed = RunFailed(
-        f"{word.kind} on rank {word.rank}: {word.message} ({word.place}). The traceback is in log.txt."
-    )
+    failed = RunFailed(f"{word.kind} on rank {word.rank}: {word.message} ({word.place}). The traceback is in log.txt.")
     failed.traceback = word.traceback
     return failed

@@ -50,6 +50,7 @@ def run_together(session: Session, plan: Plan) -> dict[str, Any]:
             network = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
             with environment_of_ranks(plan, TORCHELASTIC_SIGNALS_TO_HANDLE=SIGNALS_TO_ELASTIC, **network):
                 ending = _run_round(watch, now, received)
+            watch.tell_signal(received)
             final = watch.settle(now, ending)
             if final is not None and final.kind == DONE:
                 return final.results

@@ -189,8 +189,7 @@ class Watch:
         number, stop = self.board.read("round", "stop")
         if int(number) != now.number:
             raise RoundOver
-        if received and stop == NOTHING:
-            self.board.write_first("stop", str(received[0]))
+        self.tell_signal(received)
         if stop != NOTHING and not received:
             received.append(int(stop))
             hand_on(int(stop))
@@ -202,6 +201,11 @@ class Watch:
         limit_s = _SILENT_AND_REPLACED_S if is_replaced else _SILENT_S
         if self.board.count(now.key("failed")) or self._silent(now.number, limit_s=limit_s):
             raise RoundOver
+
+    def tell_signal(self, received: list[int]) -> None:
+        """Let all machines know that this one got a signal, if it did."""
+        if received and self.board.read("stop")[0] == NOTHING:
+            self.board.write_first("stop", str(received[0]))
 
     def _silent(self, number: int, *, limit_s: float) -> list[int]:
         """The machines whose beat has not changed for so long, by this machine's clock."""
@@ -277,5 +281,7 @@ class Watch:
                 deadline = min(deadline, time.monotonic() + _CAUSES_S)
             time.sleep(POLL_S)
         silent = self._silent(now.number, limit_s=_SILENT_AND_REPLACED_S)
-        gone = [Ending(LOST, f"machine {one + 1}, {self.names[one]}, does not answer") for one in silent if one not in found]
+        gone = [
+            Ending(LOST, f"machine {one + 1}, {self.names[one]}, does not answer") for one in silent if one not in found
+        ]
         return [*found.values(), *gone] or [Ending(LOST, "a machine does not answer")]
