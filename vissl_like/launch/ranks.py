@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import inspect
 import multiprocessing
 import os
 import shutil
@@ -46,7 +46,7 @@ def run_ranks(plan: Plan, run_dir: Path) -> dict[str, Any]:
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.2,
-        **_if_known(LaunchConfig, signals_to_handle=SIGNALS_TO_ELASTIC, shutdown_timeout=GRACE_S),
+        **if_known(LaunchConfig, signals_to_handle=SIGNALS_TO_ELASTIC, shutdown_timeout=GRACE_S),
     )
     with environment_of_ranks(plan), forwarded_signals() as received:
         try:
@@ -61,9 +61,9 @@ def run_ranks(plan: Plan, run_dir: Path) -> dict[str, Any]:
             shutil.rmtree(errors_dir, ignore_errors=True)
 
 
-def _if_known(kind: Any, **options: Any) -> dict[str, Any]:
-    """Those options that this version of PyTorch's dataclass has."""
-    known = {field.name for field in dataclasses.fields(kind)}
+def if_known(kind: Any, **options: Any) -> dict[str, Any]:
+    """Those options that this version of PyTorch's class has."""
+    known = inspect.signature(kind).parameters
     return {name: value for name, value in options.items() if name in known}
 
 

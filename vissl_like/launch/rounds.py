@@ -30,6 +30,7 @@ from vissl_like.launch.ranks import (
     cause_of,
     environment_of_ranks,
     forwarded_signals,
+    if_known,
     results_of,
     signal_cause,
 )
@@ -74,7 +75,7 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
             monitor_interval=POLL_S,
         )
         logs_specs = DefaultLogsSpecs(log_dir=words_dir)
-        agent = LocalElasticAgent(spec, logs_specs, shutdown_timeout=GRACE_S)
+        agent = LocalElasticAgent(spec, logs_specs, **if_known(LocalElasticAgent, shutdown_timeout=GRACE_S))
         try:
             result = agent.run()
             if result.is_failed():

@@ -257,7 +257,8 @@ class Watch:
             return worst
         self.last_cause = worst.message
         if self.restarts >= self.options.MAX_RESTARTS:
-            used = f", after {self.restarts} restarts (config.DISTRIBUTED.MAX_RESTARTS)" if self.restarts else ""
+            times = f"{self.restarts} restart{'s' * (self.restarts > 1)}"
+            used = f", after {times} (config.DISTRIBUTED.MAX_RESTARTS)" if self.restarts else ""
             return replace(worst, message=worst.message + used)
         self.restarts += 1
         log.warning(
