@@ -209,6 +209,14 @@ def test_an_endpoint_that_nobody_answers(here: Host, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_an_endpoint_where_another_program_listens(here: Host, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        wrong = meeting(2, f"127.0.0.1:{other.getsockname()[1]}", join_timeout_s=2)
+        command = here.start(tmp_path, *ENDINGS, *CPU, *wrong, "config.DISTRIBUTED.NODE_ID=1")
+        ((code, _, error),) = outcomes([command])
+    assert code == 2 and len(error.splitlines()) <= 2 and "nobody answered within 2 s" in error
+
+
 def test_a_machine_that_never_comes(here: Host, tmp_path: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     second = here.start(tmp_path, *ENDINGS, *CPU, *meeting(3, endpoint), "config.DISTRIBUTED.NODE_ID=1")
@@ -247,17 +255,21 @@ def test_machines_that_do_not_fit_are_refused_and_a_mistake_ends_the_others(here
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "elsewhere"] and not list(elsewhere.iterdir())
 
 
-def test_restarts_are_counted_and_their_cause_is_told_everywhere(here: Host, tmp_path: Path) -> None:
-    same = [*ENDINGS, *CPU, "config.RUN.NAME=killed", *meeting(2, f"127.0.0.1:{free_port()}")]
+def test_restarts_are_counted_and_a_sweep_goes_on_on_all_machines(here: Host, tmp_path: Path) -> None:
+    """The first point loses a process in every round."""
+    same = ["-m", *ENDINGS, *CPU, "config.RUN.NAME=killed,ok", *meeting(2, f"127.0.0.1:{free_port()}")]
     same.append("config.DISTRIBUTED.MAX_RESTARTS=1")
     both = [here.start(tmp_path, *same, f"config.DISTRIBUTED.NODE_ID={node}") for node in (0, 1)]
-    for code, _, error in outcomes(both):
+    for code, out, error in outcomes(both):
         assert code == 1 and "Traceback" not in error
-        last = error.splitlines()[-1]
-        assert last.startswith("error: rank 1 was killed by signal 9 (SIGKILL)") and last.endswith("again to resume.")
-        assert "after 1 restart" in last
-    started = (tmp_path / "a/started.txt").read_text().splitlines()
+        (cause,) = [line for line in error.splitlines() if line.startswith("error:")]
+        assert cause.startswith("error: rank 1 was killed by signal 9 (SIGKILL)") and cause.endswith("again to resume.")
+        assert "after 1 restart (" in cause
+        assert ["failed (1)" in line or "done" in line for line in out.splitlines()[-2:]] == [True, True]
+    started = (tmp_path / "a/RUN.NAME-killed/started.txt").read_text().splitlines()
     assert sorted(line.split(",")[0] for line in started) == ["0 of 2"] * 2 + ["1 of 2"] * 2
+    ledger = [json.loads(line) for line in (tmp_path / "a/sweep.jsonl").read_text().splitlines()]
+    assert [(line["status"], line["metrics"].get("ranks")) for line in ledger] == [("failed", None), ("done", 2)]
 
 
 def wait_for(file: Path, lines: int, commands: list[subprocess.Popen[str]]) -> None:

@@ -16,8 +16,11 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import platform
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,7 +285,7 @@ def _visit(options: Distributed) -> Store:
     addresses_of(endpoint)
     deadline = time.monotonic() + wait_s
     is_told = False
-    while (store := _connected(endpoint)) is None:
+    while (store := _connected(endpoint, wait_s=min(10, wait_s))) is None:
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"config.DISTRIBUTED.ENDPOINT='{endpoint}': nobody answered within {wait_s} s "
@@ -296,15 +299,47 @@ def _visit(options: Distributed) -> Store:
     return store
 
 
-def _connected(endpoint: Endpoint) -> Store | None:
+def _connected(endpoint: Endpoint, *, wait_s: int) -> Store | None:
     """A connection to the meeting; None if there is none, or one that is just ending."""
     with contextlib.suppress(*_ERRORS):
-        socket.create_connection((endpoint.host, endpoint.port), timeout=2).close()
         # torch would wait, and print, where nobody answers: it is asked only if somebody does.
-        store = TCPStore(endpoint.host, endpoint.port, wait_for_workers=False, timeout=datetime.timedelta(seconds=10))
-        if store.check(["meeting"]) and not store.check(["closed"]):
+        socket.create_connection((endpoint.host, endpoint.port), timeout=2).close()
+        store = _store_of(endpoint, wait_s=wait_s)
+        if store is not None and store.check(["meeting"]) and not store.check(["closed"]):
             return store
     return None
+
+
+def _store_of(endpoint: Endpoint, *, wait_s: int) -> Store | None:
+    """The store that is served there; None if it is no store: torch waits for ever for the answer of another program.
+
+    What it prints about that, with the addresses of its functions, is not shown.
+    """
+    found: list[Store] = []
+
+    def connect() -> None:
+        with contextlib.suppress(*_ERRORS):
+            store = TCPStore(endpoint.host, endpoint.port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+            found.append(store)
+
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    with _silent_stderr():
+        thread.start()
+        thread.join(timeout=wait_s)
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    sys.stderr.flush()
+    real, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(nowhere)
 
 
 def _check_folder_name(meeting: Meeting) -> None:
