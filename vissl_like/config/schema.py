@@ -42,8 +42,16 @@ class Distributed(Section):
     NUM_NODES: int = option(1, "Machines.", ge=1)
     NUM_PROC_PER_NODE: int = option(0, "Processes per machine; 0: one per GPU, one on a CPU.", ge=0)
     BACKEND: Literal["auto", "gloo", "nccl"] = option("auto", "auto: nccl on GPUs, gloo on CPUs.")
-    ENDPOINT: str = option("", "host:port on which the machines meet (NUM_NODES > 1); the same on every machine.")
-    NODE_ID: int = option(-1, "This machine's number; -1: not needed.", ge=-1)
+    ENDPOINT: str = option(
+        "", "host:port where several machines meet: an address of one of them, the same words on every machine."
+    )
+    NODE_ID: int = option(
+        -1, "0: the first machine, which serves the endpoint; -1: the one that has its address is the first.", ge=-1
+    )
+    JOIN_TIMEOUT_S: int = option(600, "Seconds that several machines wait for each other, also after a restart.", ge=1)
+    MAX_RESTARTS: int = option(
+        3, "How often several machines start their processes again after a process or a machine was lost.", ge=0
+    )
     STRATEGY: Literal["ddp", "fsdp"] = option(
         "ddp", "ddp: each process holds the whole model; fsdp: a part of every weight, gradient and optimizer state."
     )

@@ -88,6 +88,14 @@ def shutdown() -> None:
     _world = _ALONE
 
 
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that another process does not answer any more."""
+    if error is None:
+        return False
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or is_gloo or is_lost_connection(error.__cause__)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if _world.size > 1:

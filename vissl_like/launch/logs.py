@@ -57,8 +57,14 @@ def to_console(*, verbose: bool = False, rank: int = 0) -> None:
     console.setLevel(logging.WARNING if rank else logging.INFO)
     root.addHandler(console)
     logging.getLogger(OURS).setLevel(logging.DEBUG if verbose else logging.INFO)
-    for name in _TOO_LOUD:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """Silence the loggers of libraries that print what we say in our own words; some reset their level when imported."""
+    for name in [*_TOO_LOUD, *logging.root.manager.loggerDict]:
+        if name.startswith(_TOO_LOUD):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Threads that wait by spinning starve the loader processes where cores are few. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Its sockets warn of names without an address and of machines that have gone; what matters of that we say ourselves.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])

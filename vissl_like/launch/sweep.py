@@ -32,6 +32,7 @@ from vissl_like.errors import (
     show_error,
 )
 from vissl_like.launch import folder
+from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
 from vissl_like.launch.start import start
@@ -126,8 +127,9 @@ def _run_and_record(point: Point, ledger: Path, config_dirs: list[str]) -> int:
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
     }
-    with open(ledger, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    if is_writer(point.loaded.job.config.DISTRIBUTED):
+        with open(ledger, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
     return code
 
 
