@@ -89,6 +89,11 @@ def has_others(environ: Mapping[str, str] = os.environ) -> bool:
     return step is not None and sum(step.tasks) > 1
 
 
+def starter() -> str:
+    """Who started processes whose environment is torchrun's: it, or srun."""
+    return "srun" if has_others() and "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun"
+
+
 # ------------------------------------------------------------------------------------------------- what follows for a run
 def join() -> None:
     """Where srun started several tasks on a node: name them as torchrun names its ranks. Else do nothing."""
@@ -156,7 +161,7 @@ def adopt(job: Job) -> tuple[Job, list[str]]:
     }
     reasons = {"NUM_NODES": "the tasks of srun", "ENDPOINT": "the first node, a port of this step", "NODE_ID": "this task"}
     for key, value in inferred.items():
-        if value != getattr(given, key):
+        if value != getattr(given, key) and step.node == 0:  # said once, not by every node
             notes.append(f"config.DISTRIBUTED.{key}={value} is inferred: {reasons[key]} (SLURM step {step.name}).")
     distributed = given.model_copy(update=inferred)
     return job.model_copy(update={"config": job.config.model_copy(update={"DISTRIBUTED": distributed})}), notes

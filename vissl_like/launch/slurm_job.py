@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vissl_like.errors import EXIT_DONE, EXIT_STOPPED
-from vissl_like.launch.allocation import port_for
+from vissl_like.launch.allocation import expand, port_for
 from vissl_like.launch.folder import LAUNCH_FILE, read_json
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ class NodeCommand:
         """Overrides for this node, and for a run that this job has begun before."""
         added = []
         if self.num_nodes > 1:
-            port = self.port or port_for(int(place.raw_job_id))
+            host = "localhost" if place.cluster == "local" else expand(os.environ["SLURM_STEP_NODELIST"])[0]
             added += [
                 f"config.DISTRIBUTED.NUM_NODES={self.num_nodes}",
-                f"config.DISTRIBUTED.ENDPOINT='{place.hostnames[0]}:{port}'",
+                f"config.DISTRIBUTED.ENDPOINT='{host}:{self.port or port_for(int(place.raw_job_id))}'",
                 f"config.DISTRIBUTED.NODE_ID={place.global_rank}",
             ]
         if place.global_rank == 0 and started(Path(self.cwd, self.run_dir)) != self.before:
