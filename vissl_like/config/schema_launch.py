@@ -23,7 +23,9 @@ class Slurm(Section):
     TIME_MINUTES: int = option(0, "Minutes that are added to TIME_HOURS.", ge=0)
     MEM_GB: int = option(0, "Memory per node in GB; 0: what the partition gives.", ge=0)
     NUM_CPU_PER_PROC: int = option(8, "CPU cores per process.", ge=1)
-    SIGNAL_DELAY_S: int = option(120, "Seconds before the time limit in which the run saves and is queued again.", ge=30)
+    SIGNAL_DELAY_S: int = option(
+        120, "Seconds before the time limit in which the run saves and is queued again.", ge=30
+    )
     MAX_REQUEUES: int = option(3, "How often the job goes on after its time limit; preemptions are not counted.", ge=0)
     PORT_ID: int = option(
         0, "Port on the first node at which the nodes meet; 0: one that follows from the job's number.", ge=0, le=65535

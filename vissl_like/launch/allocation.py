@@ -159,7 +159,11 @@ def adopt(job: Job) -> tuple[Job, list[str]]:
         "ENDPOINT": given.ENDPOINT or f"{step.hosts[0]}:{step.port}",
         "NODE_ID": step.node if given.NODE_ID < 0 else given.NODE_ID,
     }
-    reasons = {"NUM_NODES": "the tasks of srun", "ENDPOINT": "the first node, a port of this step", "NODE_ID": "this task"}
+    reasons = {
+        "NUM_NODES": "the tasks of srun",
+        "ENDPOINT": "the first node, a port of this step",
+        "NODE_ID": "this task",
+    }
     for key, value in inferred.items():
         if value != getattr(given, key) and step.node == 0:  # said once, not by every node
             notes.append(f"config.DISTRIBUTED.{key}={value} is inferred: {reasons[key]} (SLURM step {step.name}).")

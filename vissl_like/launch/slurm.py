@@ -119,8 +119,10 @@ def describe(submission: Submission, run_dir: Path) -> str:
         return f"{run_dir}: this run is finished; its results are in {folder.RESULTS_FILE}. Nothing was submitted."
     job_id, is_local = submission.job_id, submission.cluster == "local"
     kind = "process" if is_local else "SLURM job"
-    first = f"submitted {kind} {job_id}" if submission.state == SUBMITTED else (
-        f"nothing was submitted: {kind} {job_id} of this run is {submission.state}"
+    first = (
+        f"submitted {kind} {job_id}"
+        if submission.state == SUBMITTED
+        else (f"nothing was submitted: {kind} {job_id} of this run is {submission.state}")
     )
     rows = [
         ("run folder", str(run_dir)),

@@ -58,9 +58,7 @@ class NodeCommand:
         signal.signal(signal.SIGTERM, self._hand_on)
         command = [sys.executable, "-m", "vissl_like.launch.main", *self.argv, *self._added(place)]
         _say(f"job {place.job_id}, node {place.global_rank} of {self.num_nodes} ({place.hostname}): starting")
-        self._process = subprocess.Popen(
-            command, cwd=self.cwd, stdin=subprocess.DEVNULL, preexec_fn=_deaf_to_submitit
-        )
+        self._process = subprocess.Popen(command, cwd=self.cwd, stdin=subprocess.DEVNULL, preexec_fn=_deaf_to_submitit)
         try:
             code = _wait(self._process.pid)
             if code in _STOPPED and _is_preempted(place):
