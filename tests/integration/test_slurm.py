@@ -178,16 +178,24 @@ def test_signals_to_every_process_of_a_job(tmp_path: Path, cluster: Path, refere
     assert_equals_undisturbed(tmp_path / "run", reference)
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(tmp_path: Path, cluster: Path) -> None:
-    (tmp_path / "wait").touch()
-    assert main([*PATIENT, *SUBMIT, "config.RUN.DIR=run"]) == 0
-    wait_for((tmp_path / "waiting").exists, "step 5")
-    subprocess.run(["scancel", "1"], check=True)
-    assert ended("run", cluster=cluster) == 75
-    log = log_of("run")
-    assert "saved in run" in log and "back into the queue" not in log
-    assert log.splitlines()[-1].startswith("[job] stopped by a signal; the same command, submitted again, goes on")
-    assert (tmp_path / "run/checkpoints/last").exists()
+def test_two_nodes(tmp_path: Path, cluster: Path) -> None:
+    """Both nodes get a signal and come back together; cancelled, they stay away. Then another job runs to its end."""
+    words = [*ENDINGS, *SUBMIT, "config.DISTRIBUTED.NUM_NODES=2", "config.DISTRIBUTED.JOIN_TIMEOUT_S=120"]
+    assert main([*words, "config.RUN.DIR=a", "config.RUN.NAME=stop"]) == 0
+    listening = tmp_path / "a/listening"
+    for number, asked in enumerate((["--signal=USR2"], []), 1):
+        ranks = 2 * number
+        wait_for(lambda ranks=ranks: listening.exists() and listening.read_text().count("\n") == ranks, "listening")
+        subprocess.run(["scancel", *asked, "1"], check=True)
+    assert ended("a", cluster=cluster) == 75
+    logs = [Path(submission("a")["log"].replace("_0_log", f"_{node}_log")).read_text() for node in (0, 1)]
+    assert logs[0].count("back into the queue") == 1
+    assert [log.count(f"[job] job 1, node {node} of 2") for node, log in enumerate(logs)] == [2, 2]
+    assert logs[0].splitlines()[-1].startswith("[job] stopped by a signal; the same command, submitted again, goes on")
+    assert sorted(listening.read_text().split()) == ["0", "0", "1", "1"]
+    assert main([*words, "config.RUN.DIR=b"]) == 0
+    assert ended("b", cluster=cluster) == 0
+    assert json.loads(Path("b/results.json").read_text())["ranks"] == 2
 
 
 def test_the_exit_code_of_a_failed_command_is_the_jobs(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,16 +211,21 @@ def test_the_exit_code_of_a_failed_command_is_the_jobs(cluster: Path, capsys: py
 
 
 # ------------------------------------------------------------------------------------------------------- tasks of srun
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+
+
+def test_a_sweep_does_not_run_once_per_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**STEP, "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["-m", *ENDINGS, "config.SEED_VALUE=1,2"]) == 2
+    assert "with one task per node" in capsys.readouterr().err
+
+
 def test_tasks_of_srun_are_ranks(tmp_path: Path) -> None:
     """Two real processes with the variables that srun gives to two tasks on one node."""
-    step = {
-        "SLURM_JOB_ID": str(os.getpid()),  # the port follows from it
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0",
-        "SLURM_CPUS_PER_TASK": "3",
-    }
+    step = {**STEP, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "3"}  # the port follows from the job
     words = [*ENDINGS, "config.MACHINE.DEVICE=cpu", "config.RUN.DIR=a", "config.SLURM.USE_SLURM=true"]
     tasks = []
     for rank in range(2):

@@ -233,7 +233,7 @@ def test_one_task_is_a_plain_run(environ: None) -> None:
     with pytest.raises(ConfigError, match="srun started one task"):
         adopt(job(DISTRIBUTED={"NUM_NODES": 2}))
     join()
-    assert "RANK" not in os.environ and not allocation.has_others()
+    assert "RANK" not in os.environ and not allocation.are_ranks()
 
 
 @pytest.mark.parametrize("environ", [{}, {"SLURM_JOB_ID": "41"}, {"SUBMITIT_EXECUTOR": "local"}], indirect=True)

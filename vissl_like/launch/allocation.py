@@ -83,15 +83,15 @@ def in_job(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environ or "SUBMITIT_EXECUTOR" in environ
 
 
-def has_others(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether srun started the same command several times."""
+def are_ranks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun started several tasks on a node, so that each is a rank."""
     step = recognise(environ)
-    return step is not None and sum(step.tasks) > 1
+    return step is not None and max(step.tasks) > 1
 
 
 def starter() -> str:
     """Who started processes whose environment is torchrun's: it, or srun."""
-    return "srun" if has_others() and "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun"
+    return "srun" if are_ranks() and "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun"
 
 
 # ------------------------------------------------------------------------------------------------- what follows for a run

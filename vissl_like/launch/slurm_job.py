@@ -152,9 +152,11 @@ def _end(code: int, *, node: int, log: Path, begin: int) -> None:
     """Say how the command ended, and exit with its code where the job must not count as done."""
     if code == EXIT_DONE:
         _say("finished")
+    elif code in _STOPPED and node:
+        _say("stopped by a signal; the first node says what becomes of the job")
     elif code in _STOPPED:
         _say("stopped by a signal; the same command, submitted again, goes on from the last save")
-        sys.exit(EXIT_DONE if node else code)  # the first node decides about the job
+        sys.exit(code)
     else:
         last = _last_error(log, begin)
         _say(f"the command ended with exit code {code}" + (f": {last}" if last else ""))

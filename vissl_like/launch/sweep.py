@@ -8,6 +8,7 @@ point becomes a batch job; started again, what is finished, waits or runs is not
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -35,7 +36,7 @@ from vissl_like.errors import (
     show_error,
 )
 from vissl_like.launch import folder, slurm
-from vissl_like.launch.allocation import has_others
+from vissl_like.launch.allocation import adopt, are_ranks
 from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
@@ -60,9 +61,11 @@ class Point:
 
 def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     """Compose and check all points, then run them; returns the gravest exit code."""
-    if started_by_torchrun() or has_others():
-        raise ConfigError("-m: a sweep starts processes itself; run it without torchrun, or as one task of srun.")
-    points = make_points(load_sweep(overrides, config_dirs=config_dirs))
+    if started_by_torchrun() or are_ranks():
+        raise ConfigError(
+            "-m: a sweep starts processes itself; run it without torchrun, or by srun with one task per node."
+        )
+    points = make_points(_adopted(load_sweep(overrides, config_dirs=config_dirs)))
     for note in dict.fromkeys(note for point in points for note in point.loaded.notes):
         print(f"warning: {note}", file=sys.stderr)
     for point in points:
@@ -86,6 +89,14 @@ def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
                 break
     print(_summary(points, lines))
     return max((line["exit"] for line in lines), key=_gravity)
+
+
+def _adopted(loaded: list[Loaded]) -> list[Loaded]:
+    """The points with what a SLURM allocation says about machines; what was inferred is said once."""
+    adopted = [adopt(one.job) for one in loaded]
+    for note in dict.fromkeys(note for _, notes in adopted for note in notes):
+        print(note, file=sys.stderr)
+    return [dataclasses.replace(one, job=job) for one, (job, _) in zip(loaded, adopted)]
 
 
 def _is_dry(config: Config) -> bool:
