@@ -191,7 +191,6 @@ def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("SLURM.USE_SLURM=true", "torchrun"),
         ("OPTIMIZER.use_larc=true", "lars"),
         ("MODEL.SHARDED_DDP_SETUP.USE_SDP=true", "STRATEGY=fsdp"),
         ("MODEL.TRUNK.VISION_TRANSFORMERS.PATCH_SIZE=14", "timm/"),
@@ -208,8 +207,6 @@ def test_what_has_no_equivalent_is_an_error_with_the_reason(override: str, words
 @pytest.mark.parametrize(
     "override",
     [
-        "SLURM.USE_SLURM=false",
-        "SLURM.PARTITION=gpu",
         "OPTIMIZER.use_larc=false",
         "HOOKS.PERF_STATS.MONITOR_PERF_STATS=true",
         "DATA.TRAIN.INPUT_KEY_NAMES=[data]",

@@ -227,7 +227,6 @@ IGNORED: dict[str, str] = {
 _NOT_HERE = "nothing here does the same"
 _ONE_WAY = "images and labels have one name each"
 _LIBRARY_TRUNK = "use TRUNK.NAME=timm/<name> or torchvision/<name>, with the constructor's arguments in TRUNK.OPTIONS"
-_NO_SLURM = "jobs are not submitted from here; start the same command by srun or torchrun inside your job"
 _NO_SHARDING = "optimizer states alone are not sharded; DISTRIBUTED.STRATEGY=fsdp shards weights and gradients too"
 _SAMPLERS = "every epoch is one permutation of the rows; balance a subset with DATA_LIMIT_SAMPLING.IS_BALANCED"
 
@@ -254,7 +253,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "TRAINER.TRAIN_STEP_NAME": (("standard_train_step",), "TASK.NAME chooses what a step does"),
     "TRAINER.TASK_NAME": (("self_supervision_task",), "TASK.NAME chooses what is trained"),
     "CHECKPOINT.LATEST_CHECKPOINT_RESUME_FILE_NUM": ((1,), "the newest good checkpoint is resumed"),
-    "SLURM.USE_SLURM": ((False,), _NO_SLURM),
     "RANKING.*": ((), _NOT_HERE),
     "SVM.*": ((), "there are no SVMs; the linear probe is EVALUATE.PROTOCOLS=[linear] with LINEAR_PROBE"),
     "LOW_SHOT_BENCHMARK.METHOD": (("logistic_regression",), "low-shot probes are logistic regressions (LOW_SHOT)"),
@@ -285,7 +283,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 IGNORED |= {
-    "SLURM.*": _NO_SLURM,
     **{
         f"DATA.{split}.{sampler}.*": _SAMPLERS
         for split in ("TRAIN", "TEST")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vissl_like.config import components
+from vissl_like.config.rules_launch import slurm_problems
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_data import Split
 from vissl_like.config.schema_model import Schedule
@@ -101,6 +102,7 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     yield from _heads_and_pooling(config)
     yield from _number_lists(config)
     yield from _engine_needs(job)
+    yield from slurm_problems(config)
     if not list(_heads_and_pooling(config)):
         yield from _wanted_layers(job)
     if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":

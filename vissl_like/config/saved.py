@@ -23,6 +23,7 @@ IRRELEVANT = (
     "config.MULTI_PROCESSING_METHOD",
     "config.RUN",
     "config.DISTRIBUTED",
+    "config.SLURM",
     "config.MACHINE.NUM_THREADS",
     "config.MACHINE.COMPILE",
     "config.MACHINE.COMPILE_BACKEND",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from vissl_like.config.schema_data import ClusterFit, Data, ExtractFeatures
+from vissl_like.config.schema_launch import Slurm
 from vissl_like.config.schema_model import Loss, Meters, Model, Optimizer
 from vissl_like.config.section import Section, group, option
 
@@ -188,6 +189,7 @@ class Config(Section):
     RUN: Run = group(Run, "The run folder.")
     MACHINE: Machine = group(Machine, "Device and arithmetic.")
     DISTRIBUTED: Distributed = group(Distributed, "Processes and machines.")
+    SLURM: Slurm = group(Slurm, "Submission to a SLURM cluster.")
     CHECKPOINT: Checkpoint = group(Checkpoint, "Saving and resuming.")
     LOGGERS: Loggers = group(Loggers, "Where metrics go, beside metrics.jsonl.")
     PROFILE: Profile = group(Profile, "Where the time of training steps goes.")

@@ -15,6 +15,9 @@ from vissl_like.errors import ConfigError
 
 T = TypeVar("T")
 
+#: Environment variable of ranks that see one GPU each, their own. launch.allocation sets it.
+ONE_GPU_PER_TASK = "VISSL_LIKE_ONE_GPU_PER_TASK"
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,13 +74,14 @@ def _pick_device(device: str, *, local_rank: int, local_size: int) -> torch.devi
         raise ConfigError(
             "config.MACHINE.DEVICE='gpu': this machine shows no GPU to PyTorch. Use cpu, or mend the driver."
         )
-    if local_rank >= torch.cuda.device_count():
+    index = 0 if ONE_GPU_PER_TASK in os.environ else local_rank
+    if index >= torch.cuda.device_count():
         raise ConfigError(
             f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local_size}: this machine has {torch.cuda.device_count()} GPUs; "
             "use at most one process per GPU."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def shutdown() -> None:

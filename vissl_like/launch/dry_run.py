@@ -13,7 +13,7 @@ from vissl_like.config.saved import plain
 from vissl_like.config.schema import Config, Job, defaults
 from vissl_like.config.stages import changed
 from vissl_like.errors import ConfigError
-from vissl_like.launch import folder
+from vissl_like.launch import folder, slurm
 from vissl_like.launch.dry_run_stages import stage_lines
 from vissl_like.launch.inputs import MODEL_ENGINES, check_inputs, check_transforms, splits_to_open
 from vissl_like.launch.local import plan_for
@@ -34,7 +34,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     job = folder.with_run_dir(job, run_dir)
     files = check_inputs(job)
     check_transforms(job)
-    processes = processes_for(job.config)
+    is_batch_job = slurm.is_wanted(job.config)
+    processes = slurm.requested(job.config) if is_batch_job else processes_for(job.config)
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)
@@ -47,6 +48,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
         ("Inferred values", [*table(plan).splitlines(), *(f"warning: {text}" for text in plan.warnings)]),
         ("Files", [f"found {path}" for path in files] or ["none are named in the configuration"]),
     ]
+    if is_batch_job:
+        parts.append(("Batch job", slurm.batch_text(job, run_dir).splitlines()))
     if job.engine_name == "pipeline":
         parts.append(("Stages", list(stage_lines(job, run_dir))))
     if sets:

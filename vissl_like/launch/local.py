@@ -25,6 +25,7 @@ from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
+from vissl_like.launch.allocation import cores_of_node, starter
 from vissl_like.launch.endings import DONE, Ending, Interrupted, RunFailed
 from vissl_like.launch.folder import LaunchInfo
 from vissl_like.launch.inputs import check_inputs, check_transforms
@@ -140,12 +141,13 @@ def plan_for(job: Job, processes: Processes, num_train: int | None = None) -> tu
         num_processes=processes.world,
         device=processes.device,
         num_train=num_train,
+        cores=cores_of_node(),
         engine_name=job.engine_name,
     )
     if job.config.DISTRIBUTED != given:
         before = f"{given.NUM_NODES} x {given.NUM_PROC_PER_NODE}"
         now = f"{job.config.DISTRIBUTED.NUM_NODES} x {processes.local}"
-        plan = plan.with_row("machines x processes", before, now, "started by torchrun")
+        plan = plan.with_row("machines x processes", before, now, f"started by {starter()}")
     return job, plan
 
 

@@ -43,6 +43,8 @@ def processes_for(config: Config) -> Processes:
     """The device and the number of processes. Raises ConfigError if this machine cannot offer them."""
     import torch
 
+    from vissl_like.core.distributed import ONE_GPU_PER_TASK
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = config.MACHINE.DEVICE
     if device == "auto":
@@ -57,7 +59,7 @@ def processes_for(config: Config) -> Processes:
     else:
         local = config.DISTRIBUTED.NUM_PROC_PER_NODE or (gpus if device == "gpu" else 1)
         world = local * config.DISTRIBUTED.NUM_NODES
-    if device == "gpu" and local > gpus:
+    if device == "gpu" and local > gpus and ONE_GPU_PER_TASK not in os.environ:
         raise ConfigError(
             f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and a process "
             f"needs one of its own. Use config.DISTRIBUTED.NUM_PROC_PER_NODE={gpus}, or config.MACHINE.DEVICE=cpu."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -130,14 +131,19 @@ def _complete(words: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- launch
 def _launch(overrides: list[str], *, config_dirs: list[str]) -> int:
+    from vissl_like.launch import allocation
     from vissl_like.launch.machine import started_by_torchrun
 
+    allocation.join()
     if started_by_torchrun():
         return _launch_with_others(overrides, config_dirs=config_dirs)
     loaded = _load(overrides, config_dirs=config_dirs)
+    job, notes = allocation.adopt(loaded.job)
+    for note in notes:
+        print(note, file=sys.stderr)
     from vissl_like.launch.start import start
 
-    return start(loaded, config_dirs=config_dirs)
+    return start(dataclasses.replace(loaded, job=job), config_dirs=config_dirs)
 
 
 def _load(overrides: list[str], *, config_dirs: list[str]) -> Loaded:

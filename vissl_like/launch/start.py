@@ -9,8 +9,8 @@ from vissl_like.errors import EXIT_DONE
 
 
 def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
-    """Start a checked job, or make its dry run; returns 0. Everything else is raised."""
-    from vissl_like.launch import folder, logs
+    """Start a checked job, submit it, or make its dry run; returns 0. Everything else is raised."""
+    from vissl_like.launch import folder, logs, slurm
     from vissl_like.launch.inputs import check_inputs
 
     job = loaded.job
@@ -24,6 +24,12 @@ def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
         from vissl_like.launch.dry_run import dry_run
 
         print(dry_run(job, where, info))
+        return EXIT_DONE
+    if job.config.SLURM.DRY_RUN:
+        print(slurm.batch_text(job, where))
+        return EXIT_DONE
+    if slurm.is_wanted(job.config):
+        print(slurm.describe(slurm.submit(job, where, info), where))
         return EXIT_DONE
     from vissl_like.launch.local import launch
 
