@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vissl_like.config.schema_data import Split, Stream
+from vissl_like.config.schema_data import Split, Stream, TrainSplit
 from vissl_like.data.sharding import Sharding
 from vissl_like.errors import DataError
 
