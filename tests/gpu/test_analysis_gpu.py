@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from vissl_like.analysis.blocks import Blocks
 from vissl_like.analysis.evaluators import knn_ranking
 from vissl_like.analysis.extraction import Loading, extract
 from vissl_like.analysis.features import FeatureStore
-from vissl_like.analysis.kmeans import assign, kmeans, pick_backend
+from vissl_like.analysis.kmeans import kmeans, pick_backend
+from vissl_like.analysis.nearest import assign
 from vissl_like.analysis.rows import ArrayRows, normalise
+from vissl_like.analysis.seeding import plus_plus_rows
 from vissl_like.config.schema import Job
 from vissl_like.core import distributed, rng
 from vissl_like.data.dataset import build_dataset
@@ -33,13 +36,37 @@ def test_kmeans_is_reproducible_and_as_good_as_on_the_cpu() -> None:
     run = {"k": 50, "iterations": 15, "seed": 1, "max_points_per_centroid": 0}
     first, second = (kmeans(x, backend="auto", device=GPU, **run) for _ in range(2))  # type: ignore[arg-type]
     on_cpu = kmeans(x, backend="torch", **run)  # type: ignore[arg-type]
-    assert first.backend == "torch" == pick_backend("auto", device=GPU)
+    assert first.backend == "torch" == pick_backend("auto")
     assert np.array_equal(first.centroids, second.centroids)
     np.testing.assert_allclose(first.objective[-1], on_cpu.objective[-1], rtol=1e-3)
     labels, distances = assign(x, on_cpu.centroids, device=GPU)
     expected, expected_distances = assign(x, on_cpu.centroids)
     assert (labels == expected).mean() > 0.999
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_fast_kmeans_is_as_good(precision: str) -> None:
+    x = ArrayRows(rows(20_000, 0))
+    run = {"k": 50, "iterations": 10, "seed": 1, "max_points_per_centroid": 0, "device": GPU}
+    fast, exact = kmeans(x, precision=precision, **run), kmeans(x, **run)  # type: ignore[arg-type]
+    np.testing.assert_allclose(fast.objective[-1], exact.objective[-1], rtol=2e-2)  # another local optimum, perhaps
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def test_sums_on_a_gpu_are_exact_whatever_the_blocks() -> None:
+    x = rows(9_000, 2)
+    first = kmeans(ArrayRows(x), k=7, iterations=1, device=GPU, block=64, max_points_per_centroid=0)
+    again = kmeans(ArrayRows(x), k=7, iterations=1, device=GPU, block=4096, max_points_per_centroid=0)
+    # One iteration from the same rows: the same labels but for ties within rounding, and so nearly the same sums.
+    np.testing.assert_allclose(first.centroids, again.centroids, atol=1e-3)
+    np.testing.assert_allclose(first.objective, again.objective, rtol=1e-5)
+
+
+def test_plus_plus_draws_the_same_rows_as_on_the_cpu() -> None:
+    x = ArrayRows(rows(5_000, 3))
+    drawn = [plus_plus_rows(Blocks(x, size=1024, device=device), 40, seed=5) for device in (GPU, torch.device("cpu"))]
+    assert np.array_equal(*drawn)
 
 
 def test_knn_agrees_with_the_cpu() -> None:

@@ -33,7 +33,8 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if ending == "stop":
         with signals.listen() as request:
-            (run_dir / "listening").touch()
+            with open(run_dir / "listening", "a") as file:
+                file.write(f"{world.rank}\n")
             deadline = time.monotonic() + 60
             while not request.requested and time.monotonic() < deadline:
                 time.sleep(0.05)

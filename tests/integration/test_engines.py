@@ -262,9 +262,9 @@ def test_features_of_another_model_are_not_mixed(images: Path, tmp_path: Path) -
     run(job("extract_features", images), tmp_path)
     with pytest.raises(DataError, match="features of another extraction; different: seed, weights"):
         run(job("extract_features", images, SEED_VALUE=1), tmp_path)
-    with pytest.raises(DataError, match="different: block_rows"):
-        run(job("extract_features", images, DATA__TRAIN__BATCHSIZE_PER_REPLICA=8), tmp_path)
     first = digests(tmp_path)
+    assert "images_per_s" not in run(job("extract_features", images, DATA__TRAIN__BATCHSIZE_PER_REPLICA=8), tmp_path)
+    assert digests(tmp_path) == first  # another batch size: what is finished is taken as it is
     run(job("extract_features", images, SEED_VALUE=1, RUN__OVERWRITE=True), tmp_path)
     assert digests(tmp_path) != first
 
@@ -436,7 +436,7 @@ def test_clustering_refuses_before_it_extracts(images: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="CLUSTERFIT.OUTPUT_DIR=.*cannot be made"):
         run(job("cluster_features", images, **extract, CLUSTERFIT__OUTPUT_DIR=str(tmp_path / "file" / "x")), tmp_path)
     assert not (tmp_path / "features").exists()
-    with pytest.raises(DataError, match="file/TRAIN: cannot be written"):
+    with pytest.raises(DataError, match="file/TRAIN: .*Not a directory"):
         run(job("extract_features", images, EXTRACT_FEATURES__OUTPUT_DIR=str(tmp_path / "file")), tmp_path)
 
 

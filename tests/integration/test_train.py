@@ -28,14 +28,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_equal_one(tmp_path: Path, alone: Path) -> None:
     two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
-    done = launch(tmp_path / "two", *PLAIN, *two)
+    profile = [
+        "config.PROFILE.ENABLED=true",
+        "config.PROFILE.RANKS=[1]",
+        "config.PROFILE.WAIT=1",
+        "config.PROFILE.STEPS=3",
+    ]
+    done = launch(tmp_path / "two", *PLAIN, *two, *profile)
     assert done.returncode == 0, done.stderr
+    assert_profiled(tmp_path / "two" / "profile")
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-6)
     one, both = results(alone), results(tmp_path / "two")
     for key in ("train_top_1", "test_top_1"):
         assert both[key] == one[key]
     assert both["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
     assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
+
+
+def assert_profiled(folder: Path) -> None:
+    """By the second process alone; its speed is that of both."""
+    assert {file.name for file in folder.iterdir()} == {
+        "profile_rank_1.json", "summary_rank_1.txt", "trace_rank_1.json.gz",
+    }  # fmt: skip
+    found = json.loads((folder / "profile_rank_1.json").read_text())
+    assert (found["rank"], found["processes"], found["steps"]) == (1, 2, [2, 4])
+    assert found["images_per_s"] * found["step_ms"] / 1000 == pytest.approx(8, rel=1e-9)
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path, alone: Path) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from vissl_like.analysis.kmeans import KMeansResult, assign, kmeans
+from vissl_like.analysis.kmeans import KMeansResult, kmeans
+from vissl_like.analysis.nearest import assign
 from vissl_like.analysis.pca import fit_pca
 from vissl_like.analysis.rows import ArrayRows, MappedRows, Rows, normalised
 

@@ -14,7 +14,7 @@ import yaml
 
 from vissl_like.api import export_state_dict, load_model, load_run
 from vissl_like.config.schema import Job
-from vissl_like.core import checkpoint
+from vissl_like.core.saving import Saver
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.errors import ConfigError, DataError, WeightsError
 from vissl_like.models.vision_model import VisionModel
@@ -46,10 +46,10 @@ def run(tmp_path: Path) -> tuple[Path, VisionModel]:
     model = trained(settings.config.MODEL)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     average = {key: value + 1 for key, value in model.state_dict().items()}
-    checkpoint.save(
-        tmp_path, step=7, model_state=model.state_dict(), training_state={"step": 7}, keep=1, ema_state=average
-    )
-    checkpoint.mark_best(tmp_path, 7)
+    saver = Saver(tmp_path, keep=1)
+    saver.save(step=7, model_state=model.state_dict(), training_state={"step": 7}, ema_state=average)
+    saver.mark_best(7)
+    saver.finish()
     return tmp_path, model
 
 

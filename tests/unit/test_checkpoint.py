@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,13 +17,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vissl_like.core import checkpoint, state_format
+from vissl_like.core.saving import Saver
 from vissl_like.errors import DataError, WeightsError
 
 MODEL = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2), "n": torch.tensor(7)}
 
 
 def save(run_dir: Path, step: int, *, keep: int = 2, **state: object) -> Path:
-    return checkpoint.save(run_dir, step=step, model_state=MODEL, training_state={"step": step, **state}, keep=keep)
+    saver = Saver(run_dir, keep=keep)
+    path = saver.save(step=step, model_state=MODEL, training_state={"step": step, **state})
+    saver.finish()
+    return path
+
+
+def mark_best(run_dir: Path, step: int) -> None:
+    saver = Saver(run_dir, keep=1)
+    saver.mark_best(step)
+    saver.finish()
 
 
 def test_state_comes_back_exactly(tmp_path: Path) -> None:
@@ -35,11 +46,11 @@ def test_state_comes_back_exactly(tmp_path: Path) -> None:
         "mask": torch.tensor([True, False]),
         "none": torch.zeros(0, 4),
     }
-    saved_at = checkpoint.save(tmp_path, step=5, model_state=MODEL, training_state=state, keep=1)
+    saved_at = save(tmp_path, 5, **state)
     back = checkpoint.newest(tmp_path)
     assert back is not None and back.path == saved_at and back.step == 5
     found = back.training_state()
-    assert found.keys() == state.keys()
+    assert found.keys() == {*state, "step"}
     for name in ("half", "mask", "none"):
         assert found[name].dtype == state[name].dtype and torch.equal(found[name], state[name])
     assert torch.equal(found["optimizer"]["a.weight"]["momentum"], state["optimizer"]["a.weight"]["momentum"])
@@ -86,11 +97,11 @@ def test_newest_k_best_and_last_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
         if step == 10:
-            checkpoint.mark_best(tmp_path, step)
+            mark_best(tmp_path, step)
     assert checkpoint.saved_steps(tmp_path) == [10, 30, 40]
     assert os.readlink(tmp_path / "checkpoints" / "last") == "step_00000040"
     assert os.readlink(tmp_path / "checkpoints" / "best") == "step_00000010"
-    checkpoint.mark_best(tmp_path, 40)
+    mark_best(tmp_path, 40)
     save(tmp_path, 50)
     assert checkpoint.saved_steps(tmp_path) == [40, 50]
 
@@ -130,6 +141,18 @@ def test_damaged_newest_is_passed_over_and_said(tmp_path: Path, harm, caplog: py
     save(tmp_path, 20)
     again = checkpoint.newest(tmp_path)
     assert again is not None and again.step == 20
+
+
+def test_checksums_of_older_releases_are_still_checked(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        digest = hashlib.blake2b((path / name).read_bytes(), digest_size=16).hexdigest()
+        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "blake2b": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.find_damage(path) is None
+    damage_flip(path)
+    assert "checksum" in (checkpoint.find_damage(path) or "")
 
 
 def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def _config(*overrides: str) -> tuple[Config, tuple[str, ...]]:
         ("HOOKS.TENSORBOARD_SETUP.USE_TENSORBOARD=true", "LOGGERS.TENSORBOARD.ENABLED", True),
         ("HOOKS.EMA_MODEL.SAVE_EMA_MODEL=true", "MODEL.EMA.ENABLED", True),
         ("MODEL.AMP_PARAMS.USE_AMP=true", "MACHINE.PRECISION", "fp16"),
+        ("MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "DISTRIBUTED.STRATEGY", "fsdp"),
         ("DISTRIBUTED.RUN_ID=host:1234", "DISTRIBUTED.ENDPOINT", "host:1234"),
         ("DATA.TRAIN.DATASET_PATHS=[.]", "DATA.TRAIN.DATA_PATHS", ["."]),
         ("NEAREST_NEIGHBOR.TOPK=20", "NEAREST_NEIGHBOR.TOPK", [20]),
@@ -190,9 +191,8 @@ def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("SLURM.USE_SLURM=true", "torchrun"),
         ("OPTIMIZER.use_larc=true", "lars"),
-        ("MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "not sharded"),
+        ("MODEL.SHARDED_DDP_SETUP.USE_SDP=true", "STRATEGY=fsdp"),
         ("MODEL.TRUNK.VISION_TRANSFORMERS.PATCH_SIZE=14", "timm/"),
         ("LOSS.simclr_info_nce_loss.temperature=0.1", "does not exist here"),
         ("DATA.TRAIN.STRATIFIED_SAMPLER.ENABLED=true", "IS_BALANCED"),
@@ -207,8 +207,6 @@ def test_what_has_no_equivalent_is_an_error_with_the_reason(override: str, words
 @pytest.mark.parametrize(
     "override",
     [
-        "SLURM.USE_SLURM=false",
-        "SLURM.PARTITION=gpu",
         "OPTIMIZER.use_larc=false",
         "HOOKS.PERF_STATS.MONITOR_PERF_STATS=true",
         "DATA.TRAIN.INPUT_KEY_NAMES=[data]",

@@ -60,6 +60,15 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
         ),
         (["engine_name=pipeline"], "a pipeline needs at least one stage"),
         (["config.DISTRIBUTED.BACKEND=nccl", "config.MACHINE.DEVICE=cpu"], "nccl"),
+        (["config.DISTRIBUTED.STRATEGY=fsdp", "config.MACHINE.COMPILE=model"], "Use blocks"),
+        (
+            [
+                "config.DISTRIBUTED.STRATEGY=fsdp",
+                "config.LOGGERS.TENSORBOARD.ENABLED=true",
+                "config.LOGGERS.TENSORBOARD.LOG_PARAMS=true",
+            ],
+            "no process has whole weights",
+        ),
     ],
 )
 def test_options_that_do_not_fit_together(overrides: list[str], message: str) -> None:

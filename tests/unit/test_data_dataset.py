@@ -179,10 +179,24 @@ def test_skipping_makes_disjoint_subsets(n: int, data: st.DataObject) -> None:
 @given(st.integers(2, 5), st.integers(3, 8), st.integers(0, 3))
 def test_balanced_limit(classes: int, each: int, seed: int) -> None:
     labels = np.random.RandomState(seed).permutation(np.repeat(np.arange(classes), each + 2))
-    rows = limited(len(labels), classes * each + 1, balanced=True, labels=labels, seed=seed)
+    rows = limited(len(labels), classes * each, balanced=True, labels=labels, seed=seed)
     assert np.bincount(labels[rows]).tolist() == [each] * classes
     rest = limited(len(labels), classes * 2, balanced=True, labels=labels, seed=seed, skip=classes * each)
     assert not set(rows) & set(rest) and np.bincount(labels[rest]).tolist() == [2] * classes
+
+
+@given(st.integers(2, 5), st.integers(0, 30), st.integers(5, 30), st.integers(0, 3))
+def test_a_balanced_limit_is_met_exactly_and_skipping_is_disjoint(
+    classes: int, skip: int, limit: int, seed: int
+) -> None:
+    labels = np.random.RandomState(seed).permutation(np.repeat(np.arange(classes), 31))
+    options: dict[str, Any] = {"balanced": True, "labels": labels, "seed": seed}
+    rows = limited(len(labels), limit, skip=skip, **options)
+    counts = np.bincount(labels[rows], minlength=classes)
+    assert len(rows) == limit and counts.max() - counts.min() <= 1
+    if skip >= classes:
+        before = limited(len(labels), skip, **options)
+        assert sorted({*before, *rows}) == limited(len(labels), skip + limit, **options)
 
 
 def test_limit_errors() -> None:
@@ -194,7 +208,7 @@ def test_limit_errors() -> None:
         limited(5, 2, balanced=True)
     with pytest.raises(DataError, match="less than one image for each of the 3"):
         limited(3, 2, balanced=True, labels=np.array([0, 1, 2]))
-    with pytest.raises(DataError, match="class 1 has 1"):
+    with pytest.raises(DataError, match="takes 2 images of class 1 .*but it has 1"):
         limited(4, 4, balanced=True, labels=np.array([0, 0, 0, 1]))
 
 
@@ -210,7 +224,7 @@ def test_limited_dataset_keeps_identities_and_the_class_count(tmp_path: Path) ->
     assert dataset.fingerprint != whole.fingerprint
     sampling = {"IS_BALANCED": True, "SEED": 3}
     balanced = build_dataset(Data(TRAIN=folder(tmp_path, DATA_LIMIT=9, DATA_LIMIT_SAMPLING=sampling)), "TRAIN", seed=0)
-    assert np.bincount(balanced.labels).tolist() == [2, 2, 2, 2]
+    assert np.bincount(balanced.labels).tolist() == [3, 2, 2, 2]
 
 
 def test_labels_of_a_part_are_enough_for_that_part(tmp_path: Path) -> None:

@@ -217,12 +217,42 @@ def test_labels_and_list_of_different_length(tmp_path: Path) -> None:
     source = FolderSource(make_images(tmp_path / "images"))
     file = write_for(source, tmp_path / "out", prefix="")
     np.save(file, np.arange(4))
+    (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(DataError, match="4 labels, but .* names 5 images"):
         read_labels(file, source=source)
     with pytest.raises(DataError, match="3 labels for 5 images"):
         write_label_files(
             tmp_path, prefix="", labels=np.zeros(3), paths=source.paths, root="", fingerprint="", num_clusters=1
         )
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "images.npy", "sizes.npy"])
+@pytest.mark.parametrize("damage", ["removed", "truncated", "changed"])
+def test_damaged_files_are_named_with_the_cure(tmp_path: Path, name: str, damage: str) -> None:
+    source = FolderSource(make_images(tmp_path / "images"))
+    file = write_for(source, tmp_path / "out", prefix="")
+    damaged = tmp_path / "out" / name
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content[:-8] if damage == "truncated" else content)
+    if damage == "removed":
+        damaged.unlink()
+    with pytest.raises(DataError, match=rf"out/{name}: (missing|\d+ bytes long, not|its content).*run the stage"):
+        read_labels(file, source=source)
+    if name == "images.npy":  # the list of the images itself
+        with pytest.raises(DataError, match=rf"out/{name}: .*run the stage"):
+            build_dataset(split("disk_folder", LABEL_PATHS=[str(file)]), "TRAIN", seed=0)
+    write_for(source, tmp_path / "out", prefix="")
+    assert len(read_labels(file, source=source).values) == 5
+
+
+def test_a_torn_manifest_is_an_error(tmp_path: Path) -> None:
+    source = FolderSource(make_images(tmp_path / "images"))
+    file = write_for(source, tmp_path / "out", prefix="")
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:50])
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read"):
+        read_labels(file, source=source)
 
 
 def test_missing_and_unfinished_files(tmp_path: Path) -> None:

@@ -6,23 +6,28 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from vissl_like.analysis import features as module
 from vissl_like.analysis.feature_formats import write_formats, write_per_image
 from vissl_like.analysis.features import FeatureStore, FeatureWriter, Subject, layer_folder
+from vissl_like.analysis.shards import row_sums
 from vissl_like.errors import ConfigError, DataError
 
 ROWS, BLOCK, SHARD = 23, 4, 7
 LAYERS = {"res4": (3, 2, 2), "blocks.3": (5,)}
 
 
-def subject(rows: int = ROWS, **identity: object) -> Subject:
+def subject(rows: int = ROWS, *, paths: list[str] | None = None, **identity: object) -> Subject:
     return Subject(
         split="TRAIN",
-        paths=np.array([f"a/{i}.jpg" for i in range(rows)]),
+        paths=np.array(paths or [f"a/{i}.jpg" for i in range(rows)]),
         stamps=np.arange(rows),
         labels=np.arange(rows) % 3,
         root="/data",
@@ -38,14 +43,16 @@ def values(rows: int = ROWS) -> dict[str, np.ndarray]:
     return {name: generator.normal(size=(rows, *shape)).astype(np.float32) for name, shape in LAYERS.items()}
 
 
-def prepare(folder: Path, *, dtype: str = "float32", overwrite: bool = False, **identity: object) -> bool:
+def prepare(
+    folder: Path, *, dtype: str = "float32", overwrite: bool = False, block_rows: int = BLOCK, **about: Any
+) -> bool:
     return FeatureWriter.prepare(
         folder / "TRAIN",
-        subject(**identity),
+        subject(**about),
         layers=LAYERS,
         dtype=dtype,
         shard_rows=SHARD,
-        block_rows=BLOCK,
+        block_rows=block_rows,
         overwrite=overwrite,
     )
 
@@ -78,9 +85,8 @@ def test_rows_come_back_in_order_from_any_span(tmp_path: Path) -> None:
         assert np.array_equal(store.take(picked), flat[picked])
     assert store.paths.tolist() == subject().paths.tolist() and store.fingerprint == "f00"
     assert store.labels is not None and store.labels.tolist() == (np.arange(ROWS) % 3).tolist()
-    assert sorted(file.name for file in (tmp_path / "TRAIN" / "res4").iterdir()) == [
-        f"shard_0000{i}.npy" for i in range(4)
-    ]
+    names = sorted(file.name for file in (tmp_path / "TRAIN" / "res4").iterdir())
+    assert names == [*(f"shard_0000{i}.npy" for i in range(4)), "sums.npy"]
     assert not (tmp_path / "TRAIN" / "done.npy").exists()
 
 
@@ -148,6 +154,87 @@ def test_a_damaged_shard_is_an_error_and_made_anew(tmp_path: Path, damage: str) 
         assert np.array_equal(FeatureStore.open(tmp_path, "TRAIN", layer).read(0, ROWS), array.reshape(ROWS, -1))
 
 
+@pytest.mark.parametrize("shard", [0, 2])
+def test_changed_bytes_are_noticed_when_their_rows_are_read(tmp_path: Path, shard: int) -> None:
+    extract(tmp_path)
+    file = tmp_path / "TRAIN" / "res4" / f"shard_0000{shard}.npy"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16  # in its last row
+    file.write_bytes(content)
+    store, row = FeatureStore.open(tmp_path, "TRAIN", "res4"), shard * SHARD + 6
+    assert np.array_equal(store.read(0, row), values()["res4"].reshape(ROWS, -1)[:row])
+    message = rf"shard_0000{shard}\.npy: 1 of \d+ rows, the first is row {row} of TRAIN, .*Remove this file and run"
+    with pytest.raises(DataError, match=message):
+        store.read(row - 1, row + 1)
+    with pytest.raises(DataError, match=message):
+        store.take(np.array([2, row]))
+    assert prepare(tmp_path)
+    assert FeatureWriter(tmp_path / "TRAIN").pending() == [row // BLOCK]
+    write(tmp_path)
+    FeatureWriter.finish(tmp_path / "TRAIN")
+    assert np.array_equal(
+        FeatureStore.open(tmp_path, "TRAIN", "res4").read(0, ROWS), values()["res4"].reshape(ROWS, -1)
+    )
+
+
+@pytest.mark.parametrize("name", ["images.npy", "sizes.npy", "labels.npy", "res4/sums.npy"])
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_damaged_files_beside_the_shards_are_noticed_and_made_anew(tmp_path: Path, name: str, is_removed: bool) -> None:
+    extract(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.npy")}
+    file = tmp_path / "TRAIN" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if is_removed:
+        file.unlink()
+    with pytest.raises(DataError, match=rf"{name}: .*run the extraction again"):
+        store = FeatureStore.open(tmp_path, "TRAIN", "res4")
+        _ = store.paths, store.stamps, store.labels
+    assert prepare(tmp_path)
+    write(tmp_path)
+    FeatureWriter.finish(tmp_path / "TRAIN")
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*.npy")}
+
+
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 40))),
+    st.tuples(st.integers(0, 200), st.integers(1, 255)),
+)
+def test_any_changed_byte_changes_the_sum_of_its_row_alone(rows: np.ndarray, change: tuple[int, int]) -> None:
+    changed, (place, mask) = rows.copy(), change
+    place %= rows.size
+    changed.reshape(-1)[place] ^= mask
+    differ = row_sums(changed) != row_sums(rows)
+    assert np.flatnonzero(differ).tolist() == [place // rows.shape[1]]
+    assert (row_sums(np.zeros_like(rows)) != 0).all()
+
+
+def test_a_shard_of_zeros_that_was_made_for_an_extraction_that_died_is_not_taken_for_features(tmp_path: Path) -> None:
+    extract(tmp_path)
+    shard = tmp_path / "TRAIN" / "res4" / "shard_00001.npy"
+    array = np.load(shard)
+    np.save(shard, np.zeros_like(array))  # the manifest still says complete
+    with pytest.raises(DataError, match="7 of 7 rows"):
+        FeatureStore.open(tmp_path, "TRAIN", "res4").read(7, 14)
+    assert prepare(tmp_path)
+    assert FeatureWriter(tmp_path / "TRAIN").pending() == [1, 2, 3]
+
+
+def test_another_batch_size_takes_what_is_finished_and_refuses_what_is_not(tmp_path: Path) -> None:
+    assert prepare(tmp_path, block_rows=5)  # nothing done yet: a new size is fine
+    assert prepare(tmp_path)
+    write(tmp_path, [0])
+    with pytest.raises(DataError, match=r"in batches of 4 images. Set config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"):
+        prepare(tmp_path, block_rows=5)
+    write(tmp_path)
+    assert FeatureWriter.finish(tmp_path / "TRAIN")["block_rows"] == 4
+    assert not prepare(tmp_path, block_rows=5)
+    (tmp_path / "TRAIN" / "res4" / "shard_00003.npy").unlink()
+    assert prepare(tmp_path, block_rows=5)  # mended with the blocks that the others were made with
+    assert FeatureWriter(tmp_path / "TRAIN").pending() == [5]
+
+
 def test_features_of_something_else_are_refused_unless_overwritten(tmp_path: Path) -> None:
     extract(tmp_path)
     with pytest.raises(DataError, match="different: transforms, weights.*RUN.OVERWRITE"):
@@ -205,7 +292,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.os, "pwrite", full)
-    with pytest.raises(DataError, match="the disk is full.*goes on where it stopped"):
+    with pytest.raises(DataError, match=r"\.npy: the disk is full.*what is finished is kept"):
         write(tmp_path, [0])
 
 
@@ -254,17 +341,15 @@ def test_parquet_without_pyarrow_is_a_clear_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_file_per_image_never_collides_or_escapes(tmp_path: Path) -> None:
-    extract(tmp_path)
-    images = tmp_path / "TRAIN" / "images.npy"
     paths = [f"{'ab'[i % 2]}/{i // 2}.{'jpg' if i < 20 else 'png'}" for i in range(ROWS)]
-    np.save(images, np.array(["/" + paths[0], *paths[1:]]))
+    extract(tmp_path, paths=["/" + paths[0], *paths[1:]])
     store = FeatureStore.open(tmp_path, "TRAIN", "blocks.3")
     assert write_per_image(store, tmp_path / "out") == ROWS
     files = [tmp_path / "out" / "blocks.3" / f"{path}.npy" for path in paths]
     assert np.array_equal(np.concatenate([np.load(file) for file in files]), values()["blocks.3"])
-    np.save(images, np.array(["../x.jpg", *paths[1:]]))
+    extract(tmp_path / "other", paths=["../x.jpg", *paths[1:]])
     with pytest.raises(DataError, match="below a folder"):
-        write_per_image(store, tmp_path / "out")
+        write_per_image(FeatureStore.open(tmp_path / "other", "TRAIN", "blocks.3"), tmp_path / "out")
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:

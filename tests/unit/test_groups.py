@@ -229,3 +229,22 @@ def test_options_set_in_vain_are_said(caplog: pytest.LogCaptureFixture) -> None:
         options = Options(NAME=name, MOMENTUM=momentum)
         build_optimizer(make_groups(model, options), options)
         assert ("does not take MOMENTUM" in caplog.text) == said
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_fused_steps_equal_single_operations(name: str) -> None:
+    """But for rounding; and OPTIONS decides."""
+    trained = []
+    for options in ({}, {"foreach": False}):
+        torch.manual_seed(0)
+        layer = nn.Linear(50, 30).double()
+        groups = make_groups(layer, Options(NAME=name, WEIGHT_DECAY=0.1))
+        optimizer = build_optimizer(groups, Options(NAME=name, WEIGHT_DECAY=0.1, OPTIONS=options))
+        assert bool(optimizer.defaults["fused"]) == (not options)
+        for step in range(20):
+            layer.zero_grad()
+            layer(torch.full((4, 50), step / 10, dtype=torch.float64)).square().mean().backward()
+            set_rates(optimizer, groups, lr=0.01 * (1 + step % 3), lr_head=0.01, weight_decay=None)
+            optimizer.step()
+        trained.append(layer.weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-10, atol=1e-12)

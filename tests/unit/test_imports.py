@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vissl_like import registry
+from vissl_like.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "torchvision", "timm", "transformers", "faiss", "wandb", "matplotlib", "sklearn", "scipy", "submitit")
@@ -64,6 +66,19 @@ def test_components_know_their_section_not_the_root(package: str) -> None:
 def test_core_knows_no_engine() -> None:
     for path in (ROOT / "vissl_like" / "core").glob("*.py"):
         assert not offenders(imported_by(path), ("vissl_like.engines", "vissl_like.launch")), name_of(path)
+
+
+def test_quick_imports_leave_the_collector_as_it_was() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ConfigError, match="cannot import 'no_such_plugin'"):
+        registry.load_plugins(["no_such_plugin"])
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        registry.resolve("loss", "cross_entropy", key="LOSS.NAME")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_nobody_imports_tools() -> None:

@@ -310,6 +310,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         training.model.heads[0].weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"heads.0.weight.*not saved"):
         training.save()
+    training.saver.finish()
     assert checkpoint.saved_steps(tmp_path) == [0]
 
 

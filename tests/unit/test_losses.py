@@ -47,6 +47,19 @@ def test_ignored_targets_do_not_count() -> None:
     torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits[[0, 2]], target[[0, 2]]))
 
 
+@pytest.mark.parametrize("ignore_index", [-1, 1])
+def test_without_a_known_target_the_loss_is_zero(ignore_index: int) -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((3,), ignore_index), ignore_index=ignore_index)
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_negative_label_beside_the_ignored_one_is_an_error() -> None:
+    with pytest.raises(DataError, match="a label is -1"):
+        cross_entropy(torch.zeros(3, 4), torch.tensor([2, -1, 0]), ignore_index=1)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_unknown_labels_have_no_gradient(reduction: str) -> None:
     logits = torch.randn(5, 3, requires_grad=True)

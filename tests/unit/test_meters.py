@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from vissl_like.analysis.meters import AccuracyMeter, average_precision, build_meters, class_rank
-from vissl_like.config.schema_model import Meters
+from vissl_like.analysis.meters import AccuracyMeter, average_precision, build_meters, class_rank, ignored_target
+from vissl_like.config.schema_model import Loss, Meters
 from vissl_like.errors import ConfigError, DataError
 
 
@@ -47,9 +47,31 @@ def test_ties_go_to_the_lower_class_and_nan_is_wrong() -> None:
 
 
 def test_unknown_and_unseen_classes() -> None:
-    meter = AccuracyMeter(topk=[1, 9], num_heads=1)
+    meter = AccuracyMeter(topk=[1, 3], num_heads=1)
     meter.update([torch.eye(3)], torch.tensor([0, -1, 7]))  # known and right, unlabelled, a class without a logit
     assert meter.correct.tolist() == [[1], [1]] and meter.total.tolist() == [2]
+
+
+def test_what_the_loss_leaves_out_is_left_out() -> None:
+    loss = Loss(NAME="cross_entropy", CROSS_ENTROPY={"IGNORE_INDEX": 2})
+    assert (ignored_target(loss), ignored_target(Loss(NAME="bce_logits")), ignored_target(Loss())) == (2, -1, -1)
+    logits, target = torch.eye(3)[[0, 0, 1, 1]], torch.tensor([0, 2, 2, -1])
+    for ignored, value in ((2, 100.0), (-1, 100 / 3)):
+        meters = build_meters(Meters(NAMES=["accuracy_list_meter"]), num_heads=1, ignore_index=ignored)
+        meters.update([logits], target)
+        assert meters.flatten("test") == {"test_top_1": pytest.approx(value)}
+
+
+@pytest.mark.parametrize("name", ["accuracy_list_meter", "precision_at_k_list_meter", "recall_at_k_list_meter"])
+def test_more_best_classes_than_there_are_is_an_error(name: str) -> None:
+    meters, target = group(name, topk=[1, 9]), torch.tensor([0, 1, 2])
+    message = rf"config\.METERS\.{name.upper()}\.TOPK_VALUES=\[1, 9\]: there are only 3 classes.*up to 3"
+    with pytest.raises(ConfigError, match=message):
+        meters.update([torch.eye(3)], target if name == "accuracy_list_meter" else torch.eye(3).long())
+    options = Meters(NAMES=[name], **{name.upper(): {"TOPK_VALUES": [1, 9]}})
+    with pytest.raises(ConfigError, match=message):  # before anything is computed, where the heads are known
+        build_meters(options, num_heads=2, widths=[20, 3])
+    build_meters(options, num_heads=1, widths=[9])
 
 
 def test_rows_that_are_not_valid_do_not_count() -> None:
@@ -85,11 +107,11 @@ def test_reset_forgets_and_nothing_counted_is_not_a_number() -> None:
 def test_precision_and_recall_at_k() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     target = torch.tensor([[1, 0, 1, 0], [1, 0, 0, -1]])
-    precision, recall = group("precision_at_k_list_meter", topk=[1, 2, 9]), group("recall_at_k_list_meter", topk=[1, 3])
+    precision, recall = group("precision_at_k_list_meter", topk=[1, 2, 4]), group("recall_at_k_list_meter", topk=[1, 3])
     for meters in (precision, recall):
         meters.update([logits], target)
     assert precision.flatten("test") == pytest.approx(
-        {"test_precision_top_1": 50.0, "test_precision_top_2": 25.0, "test_precision_top_9": 100 * 3 / 18}
+        {"test_precision_top_1": 50.0, "test_precision_top_2": 25.0, "test_precision_top_4": 100 * 3 / 8}
     )
     assert recall.flatten("test") == pytest.approx({"test_recall_top_1": 100 / 3, "test_recall_top_3": 200 / 3})
 

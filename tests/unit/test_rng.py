@@ -110,6 +110,14 @@ def test_steps_and_ranks_draw_different_noise() -> None:
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("coordinates", [(0, 0, 0), (7, 123456, 3), (2**40, 1, 0), (7, 123456, 4)])
+def test_seed_of_a_step_is_the_mix_of_its_coordinates(coordinates: tuple[int, int, int]) -> None:
+    rng.seed_step(*coordinates)
+    found = draw()
+    rng._seed_globals(rng.mix(rng._STEP, *coordinates))
+    assert found == draw()
+
+
 def test_purposes_do_not_share_numbers() -> None:
     rng.seed_step(0, 0, 0)
     step = draw()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vissl_like.analysis.features import MANIFEST, FeatureWriter, Subject
 from vissl_like.analysis.rows import each, share, spans
 from vissl_like.config.schema_data import ExtractFeatures
-from vissl_like.core import distributed, rng, signals
+from vissl_like.core import distributed, signals
 from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.data.images import ImageDataset
@@ -152,6 +152,8 @@ def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[No
         yield
     except (RuntimeError, DataError):
         if not signals.comes_soon(lambda: stop.requested):
+            with contextlib.suppress(DataError):  # the first error is the cause
+                writer.close()
             raise
     if stop.requested:
         writer.close()
@@ -230,7 +232,7 @@ def calibrate_batchnorm(
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     layers = [layer for layer in layers if layer.running_mean is not None]
-    order = rng.permutation(seed, 0, len(dataset))
+    order = dataset.order(seed, 0)
     rows = [order[start:stop] for start, stop in spans(min(len(order), num_batches * batch), batch) if stop - start > 1]
     model.eval()
 

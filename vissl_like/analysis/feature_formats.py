@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from vissl_like.analysis.features import FeatureStore, layer_folder
 from vissl_like.analysis.rows import spans
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.files import refusals_explained, replacing
 
 
 def check_formats(formats: list[str]) -> None:
@@ -31,17 +31,17 @@ def write_formats(store: FeatureStore, formats: list[str]) -> list[Path]:
 
 def _write_safetensors(store: FeatureStore) -> list[Path]:
     """shard_00000.safetensors ... with one tensor `features` each."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     folder = store.folder / layer_folder(store.layer)
     files = []
     for number, (start, stop) in enumerate(spans(store.rows, store.shard_rows)):
         file = folder / f"shard_{number:05d}.safetensors"
         if not file.exists():
-            part = file.with_name(file.name + ".part")
-            array = store.read(start, stop).reshape(-1, *store.shape).astype(store.dtype)
-            save_file({"features": array}, part, metadata={"first_row": str(start), "layer": store.layer})
-            os.replace(part, file)
+            array = store.read(start, stop).reshape(-1, *store.shape).astype(store.dtype, copy=False)
+            content = save({"features": array}, metadata={"first_row": str(start), "layer": store.layer})
+            with replacing(file) as stream:
+                stream.write(content)
         files.append(file)
     return files
 
@@ -63,8 +63,7 @@ def _write_parquet(store: FeatureStore) -> Path:
             ("vector", pyarrow.list_(kind, store.dim)),
         ]
     )
-    part = file.with_name(file.name + ".part")
-    with parquet.ParquetWriter(part, schema) as writer:
+    with replacing(file) as stream, parquet.ParquetWriter(stream, schema) as writer:
         for start, stop in spans(store.rows, store.shard_rows):
             flat = pyarrow.array(store.read(start, stop).astype(store.dtype).ravel(), type=kind)
             label = [None] * (stop - start) if labels is None else labels[start:stop].tolist()
@@ -75,7 +74,6 @@ def _write_parquet(store: FeatureStore) -> Path:
                 pyarrow.FixedSizeListArray.from_arrays(flat, store.dim),
             ]
             writer.write_table(pyarrow.table(columns, schema=schema))
-    os.replace(part, file)
     return file
 
 
@@ -92,13 +90,14 @@ def _pyarrow() -> tuple[Any, Any]:
 
 def write_per_image(store: FeatureStore, folder: Path) -> int:
     """folder/<layer>/<path of the image>.npy, shape (1, ...), by the image's whole relative path. Returns their number."""
-    target = folder / layer_folder(store.layer)
+    target, paths = folder / layer_folder(store.layer), store.paths
     for start, stop in spans(store.rows, 4096):
         block = store.read(start, stop).reshape(-1, *store.shape).astype(store.dtype)
-        for row, path in enumerate(store.paths[start:stop]):
+        for row, path in enumerate(paths[start:stop]):
             file = target / f"{_inside(str(path))}.npy"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, block[row : row + 1], allow_pickle=False)
+            with refusals_explained(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.save(file, block[row : row + 1], allow_pickle=False)
     return store.rows
 
 

@@ -1,15 +1,15 @@
 """Extracted features on disk: memory-mapped shards with a manifest, written block by block, by several processes.
 
-Layout of a split's folder: `<layer>/shard_00000.npy ...`, `images.npy` (paths), `sizes.npy` (stamps of the images),
-`labels.npy` (where the data set has labels) and, once all is there, `manifest.json`. Row k is row k of the data set.
-While it grows, `partial.json` takes the manifest's place and `done.npy` has one byte per finished block, so that an
-interrupted extraction goes on where it stopped.
+Layout of a split's folder: `<layer>/shard_00000.npy ...` with a checksum per row in `<layer>/sums.npy`, `images.npy`
+(paths), `sizes.npy` (stamps of the images), `labels.npy` (where the data set has labels) and, once all is there,
+`manifest.json`. Row k is row k of the data set. While it grows, `partial.json` takes the manifest's place and `done.npy`
+has one byte per finished block, so that an interrupted extraction goes on where it stopped. Nothing is used that is not
+what was written: shards are checked for their size when they are opened, rows for their checksum when they are first read.
 """
 
 from __future__ import annotations
 
-import errno
-import json
+import logging
 import os
 import re
 import shutil
@@ -21,16 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.rows import spans
+from vissl_like.analysis.npy_file import NpyFile
+from vissl_like.analysis.rows import as_float32, as_stored, spans
+from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, create_array, row_sums
 from vissl_like.errors import DataError
+from vissl_like.files import damage, read_json, record_of, refusals_explained, write_array, write_json
 from vissl_like.registry import suggest
 
 MANIFEST = "manifest.json"
 _PARTIAL = "partial.json"
 _DONE = "done.npy"
 _INVALID = "invalid.npy"
+_ARRAYS = ("images.npy", "sizes.npy", "labels.npy")
 # Finished blocks are forced to the disk and then marked at this interval; a crash loses at most so much work.
 _MARK_EVERY_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,10 @@ class FeatureWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = json.loads((folder / _PARTIAL).read_text(encoding="utf-8"))
+        state = read_json(folder / _PARTIAL)
+        if state is None:
+            raise DataError(f"{folder / _PARTIAL}: missing; was the folder changed during extraction? Extract again.")
+        self.state = state
         self.blocks = spans(self.state["rows"], self.state["block_rows"])
         self._files: dict[Path, tuple[int, int]] = {}
         self._written: list[int] = []
@@ -72,37 +81,37 @@ class FeatureWriter:
     ) -> bool:
         """Make the folder ready for writers; returns False if the very same extraction is already complete there.
 
-        Finished blocks of an interrupted one are kept, except where a shard is missing or damaged. What belongs to another
-        extraction is an error unless `overwrite`.
+        Finished blocks of an interrupted one are kept, except where their rows are missing or damaged. What belongs to
+        another extraction is an error unless `overwrite`. A block is a batch of the model, which may decide about the last
+        bit of a feature: a complete extraction is taken with the blocks that it has, an interrupted one goes on with them.
         """
-        try:
+        with refusals_explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _disk_error(folder, error) from error
         wanted = _plan(subject, layers=layers, dtype=dtype, shard_rows=shard_rows, block_rows=block_rows)
-        found = _read_json(folder / MANIFEST) or _read_json(folder / _PARTIAL)
-        if found is not None and (different := _differences(found, wanted)):
+        found = read_json(folder / MANIFEST) or read_json(folder / _PARTIAL)
+        if found is not None and found.get("complete") and found.get("block_rows") != block_rows:
+            wanted["block_rows"] = int(found["block_rows"])
+        if found is not None and (different := _differences(found, wanted, folder)):
             if not overwrite:
-                raise DataError(
-                    f"{folder}: holds features of another extraction; different: {', '.join(different)}. Choose another "
-                    "EXTRACT_FEATURES.OUTPUT_DIR or RUN.DIR, or set RUN.OVERWRITE=true to extract anew."
-                )
+                raise DataError(_refusal(folder, found, different))
             _remove(folder, found)
             found = None
-        done = _finished_blocks(folder, wanted, complete=bool(found and found.get("complete")))
-        damaged = _create_shards(folder, wanted)
-        for start, stop in damaged:
-            done[start // block_rows : -(-stop // block_rows)] = 0
-        if found is not None and found.get("complete") and done.all():
+        is_complete = bool(found and found.get("complete"))
+        done = _finished_blocks(folder, wanted, complete=is_complete)
+        done[_damaged_blocks(folder, wanted, done)] = 0
+        if is_complete and done.all() and not _damaged_arrays(folder, found or {}):
+            _remove_marks(folder)
             return False
         _write_arrays(folder, subject)
-        _save(folder / _DONE, done)
+        write_array(folder / _DONE, done)
         if not (folder / _INVALID).exists():
             invalid = np.zeros(wanted["rows"], dtype=np.uint8)
             invalid[(found or {}).get("bad_rows", [])] = 1
-            _save(folder / _INVALID, invalid)
-        _write_json(folder / _PARTIAL, wanted)
+            write_array(folder / _INVALID, invalid)
+        write_json(folder / _PARTIAL, wanted)
         (folder / MANIFEST).unlink(missing_ok=True)
+        if done.any():
+            logger.info("%s: %d of %d blocks of rows are there already", folder, int(done.sum()), len(done))
         return True
 
     def pending(self) -> list[int]:
@@ -114,6 +123,7 @@ class FeatureWriter:
         start, stop = self.blocks[block]
         for name, layer in self.state["layers"].items():
             array = self._stored(name, layer, features[name], start=start, stop=stop)
+            self._put(_sums_file(self.folder, layer), row_sums(array), row=start)
             for shard, (low, high) in enumerate(spans(self.state["rows"], self.state["shard_rows"])):
                 first, last = max(start, low), min(stop, high)
                 if first < last:
@@ -132,9 +142,8 @@ class FeatureWriter:
                 f"layer {name!r}: features of rows {start}..{stop - 1} have shape {tuple(array.shape)}, but the first image's "
                 f"have {tuple(layer['shape'])}. All images must have one size: add Resize and CenterCrop to the TRANSFORMS."
             )
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array, dtype=layer["dtype"])
-        if not np.isfinite(stored).all():
+        stored, is_finite = as_stored(array, layer["dtype"])
+        if not is_finite:
             row = start + int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
             cure = (
                 "They overflow float16: set EXTRACT_FEATURES.DTYPE=float32."
@@ -149,26 +158,23 @@ class FeatureWriter:
         handle, offset = self._open(file)
         data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
         position = offset + row * (len(data) // len(array))
-        try:
+        with refusals_explained(file):
             while data:
                 count = os.pwrite(handle, data, position)
                 data, position = data[count:], position + count
-        except OSError as error:
-            raise _disk_error(file, error) from error
 
     def _open(self, file: Path) -> tuple[int, int]:
         if file not in self._files:
-            offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
-            self._files[file] = (os.open(file, os.O_RDWR), offset)
+            with refusals_explained(file):
+                offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
+                self._files[file] = (os.open(file, os.O_RDWR), offset)
         return self._files[file]
 
     def flush(self) -> None:
         """Force what was written to the disk, then mark its blocks as done."""
-        try:
+        with refusals_explained(self.folder):
             for handle, _ in self._files.values():
                 os.fsync(handle)
-        except OSError as error:
-            raise _disk_error(self.folder, error) from error
         for block in self._written:
             self._put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
         self._written.clear()
@@ -184,7 +190,7 @@ class FeatureWriter:
     @staticmethod
     def finish(folder: Path) -> dict[str, Any]:
         """Publish the manifest once all blocks are there; on the main process, after all writers are closed."""
-        state = _read_json(folder / _PARTIAL)
+        state = read_json(folder / _PARTIAL)
         if state is None:
             raise DataError(f"{folder / _PARTIAL}: missing; was the folder changed during extraction? Extract again.")
         missing = np.flatnonzero(np.load(folder / _DONE, allow_pickle=False) == 0)
@@ -193,10 +199,11 @@ class FeatureWriter:
                 f"{folder}: {len(missing)} blocks of rows were not written. Extract again; the others are kept."
             )
         bad = np.flatnonzero(np.load(folder / _INVALID, allow_pickle=False))
-        manifest = {**state, "bad_rows": bad.tolist(), "complete": True}
-        _write_json(folder / MANIFEST, manifest)
-        for name in (_PARTIAL, _DONE, _INVALID):
-            (folder / name).unlink(missing_ok=True)
+        files = [folder / name for name in _ARRAYS] + [_sums_file(folder, layer) for layer in state["layers"].values()]
+        records = {file.relative_to(folder).as_posix(): record_of(file) for file in files if file.exists()}
+        manifest = {**state, "bad_rows": bad.tolist(), "files": records, "complete": True}
+        write_json(folder / MANIFEST, manifest)
+        _remove_marks(folder)
         return manifest
 
 
@@ -237,13 +244,36 @@ def _plan(
     }
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _differences(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> list[str]:
     """Names of what is not equal in two manifests."""
-    names = [key for key in ("split", "rows", "layers", "shard_rows", "block_rows") if found.get(key) != wanted[key]]
+    names = [key for key in ("split", "rows", "layers", "shard_rows") if found.get(key) != wanted[key]]
+    if found.get("block_rows") != wanted["block_rows"] and _has_begun(folder):
+        names.append("block_rows")
     if found.get("dataset", {}).get("fingerprint") != wanted["dataset"]["fingerprint"]:
         names.append("dataset")
     before, now = found.get("identity", {}), wanted["identity"]
     return names + sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether some block of an interrupted extraction is marked as done."""
+    try:
+        return bool(np.load(folder / _DONE, allow_pickle=False).any())
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def _refusal(folder: Path, found: dict[str, Any], different: list[str]) -> str:
+    if different == ["block_rows"]:
+        return (
+            f"{folder}: holds an interrupted extraction in batches of {found['block_rows']} images. Set "
+            f"config.DATA.{found['split']}.BATCHSIZE_PER_REPLICA={found['block_rows']} to go on with it, or "
+            "RUN.OVERWRITE=true to extract anew."
+        )
+    return (
+        f"{folder}: holds features of another extraction; different: {', '.join(different)}. Choose another "
+        "EXTRACT_FEATURES.OUTPUT_DIR or RUN.DIR, or set RUN.OVERWRITE=true to extract anew."
+    )
 
 
 def _finished_blocks(folder: Path, wanted: dict[str, Any], *, complete: bool) -> np.ndarray:
@@ -259,94 +289,62 @@ def _finished_blocks(folder: Path, wanted: dict[str, Any], *, complete: bool) ->
     return np.array(done) if same else np.zeros(count, dtype=np.uint8)
 
 
-def _create_shards(folder: Path, wanted: dict[str, Any]) -> list[tuple[int, int]]:
-    """Make every shard that is missing or damaged, at its full size. Returns the row spans of those."""
-    made = []
+def _damaged_blocks(folder: Path, wanted: dict[str, Any], done: np.ndarray) -> np.ndarray:
+    """Numbers of the blocks whose rows are not as they were written. What is missing is made, at its full size."""
+    rows, shard_rows, block_rows = wanted["rows"], wanted["shard_rows"], wanted["block_rows"]
+    is_done = np.repeat(done, block_rows)[:rows] == 1
+    damaged = [np.zeros(0, dtype=np.int64)]
     for layer in wanted["layers"].values():
-        for file, (start, stop) in zip(layer["shards"], spans(wanted["rows"], wanted["shard_rows"]), strict=True):
+        file = _sums_file(folder, layer)
+        if array_problem(file, shape=(rows,), dtype="uint64"):
+            create_array(file, shape=(rows,), dtype="uint64")
+        sums = np.load(file, mmap_mode="r", allow_pickle=False)
+        for name, (start, stop) in zip(layer["shards"], spans(rows, shard_rows), strict=True):
             shape = (stop - start, *layer["shape"])
-            if _shard_problem(folder / file, shape=shape, dtype=layer["dtype"]):
-                _create_shard(folder / file, shape=shape, dtype=layer["dtype"])
-                made.append((start, stop))
-    return made
+            if array_problem(folder / name, shape=shape, dtype=layer["dtype"]):
+                create_array(folder / name, shape=shape, dtype=layer["dtype"])
+                damaged.append(np.arange(start, stop))
+            elif is_done[start:stop].any():
+                shard = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                damaged.append(start + changed_rows(shard, sums[start:stop]))
+    return np.unique(np.concatenate(damaged) // block_rows)
 
 
-def _create_shard(file: Path, *, shape: tuple[int, ...], dtype: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file.unlink(missing_ok=True)
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):  # reserve the space now: an error here costs no computing
-            with file.open("r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
-    except OSError as error:
-        raise _disk_error(file, error) from error
+def _damaged_arrays(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Names of the small files that are not as a finished extraction left them."""
+    records = manifest.get("files") or {MANIFEST: {}}
+    return [name for name, record in records.items() if damage(folder / name, record)]
 
 
-def _shard_problem(file: Path, *, shape: tuple[int, ...], dtype: str) -> str:
-    """What is wrong with a shard file, or the empty string."""
-    if not file.is_file():
-        return "missing"
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return f"truncated or damaged ({file.stat().st_size} bytes)"
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        return f"of shape {array.shape} {array.dtype}, not {shape} {dtype}"
-    expected = array.offset + array.nbytes
-    return "" if file.stat().st_size == expected else f"{file.stat().st_size} bytes long, not {expected}"
+def _sums_file(folder: Path, layer: dict[str, Any]) -> Path:
+    return (folder / layer["shards"][0]).with_name(SUMS)
 
 
-def _disk_error(file: Path, error: OSError) -> DataError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
-            f"{file}: the disk is full. Free space or choose another EXTRACT_FEATURES.OUTPUT_DIR; "
-            "started again, the extraction goes on where it stopped."
-        )
-    return DataError(f"{file}: cannot be written ({error}).")
+def _remove_marks(folder: Path) -> None:
+    """What only an extraction that is going on needs."""
+    for name in (_PARTIAL, _DONE, _INVALID):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _remove(folder: Path, found: dict[str, Any]) -> None:
     """Take away what an earlier extraction wrote here, and nothing else."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _remove_marks(folder)
     for layer in found.get("layers", {}):
         shutil.rmtree(folder / layer_folder(layer), ignore_errors=True)
-    for name in (MANIFEST, _PARTIAL, _DONE, _INVALID, "images.npy", "sizes.npy", "labels.npy"):
+    for name in _ARRAYS:
         (folder / name).unlink(missing_ok=True)
 
 
 def _write_arrays(folder: Path, subject: Subject) -> None:
-    _save(folder / "images.npy", subject.paths)
-    _save(folder / "sizes.npy", subject.stamps)
+    write_array(folder / "images.npy", subject.paths)
+    write_array(folder / "sizes.npy", subject.stamps)
     if subject.labels is not None:
-        _save(folder / "labels.npy", subject.labels)
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-        os.replace(part, file)
-    except OSError as error:
-        raise _disk_error(file, error) from error
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+        write_array(folder / "labels.npy", subject.labels)
 
 
 class FeatureStore:
-    """Finished features of one layer and split, read from the maps in float32 rows (n, dim); maps are flattened."""
+    """Finished features of one layer and split, read from the files in float32 rows (n, dim); maps are flattened."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], layer: str) -> None:
         self.folder, self.manifest, self.layer = folder, manifest, layer
@@ -355,6 +353,8 @@ class FeatureStore:
         self.shape, self.dtype = tuple(described["shape"]), described["dtype"]
         self.shard_rows = int(manifest["shard_rows"])
         self._shards = [self._map(file, number) for number, file in enumerate(described["shards"])]
+        self._sums = self._array(_sums_file(folder, described).relative_to(folder).as_posix())
+        self._is_checked = np.zeros(self.rows, dtype=bool)
 
     @classmethod
     def open(cls, folder: Path, split: str, layer: str = "") -> FeatureStore:
@@ -371,16 +371,41 @@ class FeatureStore:
             )
         return cls(folder / split, manifest, layer)
 
-    def _map(self, file: str, number: int) -> np.ndarray:
+    def _map(self, file: str, number: int) -> NpyFile:
         start = number * self.shard_rows
         shape = (min(self.shard_rows, self.rows - start), *self.shape)
-        problem = _shard_problem(self.folder / file, shape=shape, dtype=self.dtype)
+        problem = array_problem(self.folder / file, shape=shape, dtype=self.dtype)
         if problem:
             raise DataError(
                 f"{self.folder / file}: {problem}. Run the extraction again with the same configuration; "
                 "it makes only what is missing."
             )
-        return np.load(self.folder / file, mmap_mode="r", allow_pickle=False)
+        return NpyFile(self.folder / file)
+
+    def _array(self, name: str) -> np.ndarray:
+        """A file beside the shards, if it is as the extraction left it."""
+        file = self.folder / name
+        problem = damage(file, self.manifest.get("files", {}).get(name, {}))
+        if problem:
+            raise DataError(
+                f"{file}: {problem}. Remove it and run the extraction again with the same configuration; it makes only what "
+                "is missing."
+            )
+        return np.load(file, allow_pickle=False)
+
+    def _check(self, stored: np.ndarray, rows: np.ndarray) -> None:
+        """Raise DataError if these rows (b, ...), as stored, do not have their checksums; each row is checked once."""
+        if self._is_checked[rows].all():
+            return
+        changed = rows[row_sums(stored) != self._sums[rows]]
+        if len(changed):
+            shard = self.folder / self.manifest["layers"][self.layer]["shards"][int(changed[0]) // self.shard_rows]
+            raise DataError(
+                f"{shard}: {len(changed)} of {len(rows)} rows, the first is row {int(changed[0])} of {self.manifest['split']}, "
+                "are not what was written (another checksum). Remove this file and run the extraction again with the same "
+                "configuration; it makes only what is missing."
+            )
+        self._is_checked[rows] = True
 
     def __len__(self) -> int:
         return self.rows
@@ -391,8 +416,9 @@ class FeatureStore:
         for number in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             low = number * self.shard_rows
             first, last = max(start, low), min(stop, low + self.shard_rows)
-            part = self._shards[number][first - low : last - low]
-            result[first - start : last - start] = part.reshape(last - first, self.dim)
+            part = self._shards[number].read(first - low, last - low)
+            self._check(part, np.arange(first, last))
+            result[first - start : last - start] = as_float32(part.reshape(last - first, self.dim))
         return result
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -401,25 +427,27 @@ class FeatureStore:
         numbers = indices // self.shard_rows
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
-            result[here] = self._shards[number][indices[here] - number * self.shard_rows].reshape(len(here), self.dim)
+            part = self._shards[number].take(indices[here] - number * self.shard_rows)
+            self._check(part, indices[here])
+            result[here] = as_float32(part.reshape(len(here), self.dim))
         return result
 
     @property
     def paths(self) -> np.ndarray:
         """Identity of each row, unicode (n,)."""
-        return np.load(self.folder / "images.npy", allow_pickle=False)
+        return self._array("images.npy")
 
     @property
     def stamps(self) -> np.ndarray:
         """Stamps of the images when they were read, int64 (n,)."""
-        return np.load(self.folder / "sizes.npy", allow_pickle=False)
+        return self._array("sizes.npy")
 
     @property
     def labels(self) -> np.ndarray | None:
         """The data set's labels, (n,) or (n, C), or None. Rows of unreadable images have -1."""
-        if not (self.folder / "labels.npy").is_file():
+        if "labels.npy" not in self.manifest.get("files", {}):
             return None
-        labels = np.load(self.folder / "labels.npy", allow_pickle=False)
+        labels = self._array("labels.npy")
         labels[self.manifest["bad_rows"]] = -1
         return labels
 
@@ -431,7 +459,7 @@ class FeatureStore:
 
 def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES.PATH") -> dict[str, Any]:
     """The manifest of a split's finished features. Raises DataError with the cure."""
-    manifest = _read_json(folder / split / MANIFEST)
+    manifest = read_json(folder / split / MANIFEST)
     if manifest is None or manifest.get("kind") != "features":
         if (folder / split / _PARTIAL).exists():
             raise DataError(

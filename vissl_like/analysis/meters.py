@@ -1,7 +1,8 @@
 """What is measured on the outputs of the heads: top-k accuracy, precision and recall at k, mean average precision.
 
 Letters: B samples of a batch, C classes, H heads. All state is integer counts (or, for average precision, the scores
-themselves), summed over processes exactly, so a value does not depend on the number of processes. Values are percent.
+themselves), summed over processes exactly, so a value does not depend on the number of processes. Values are percent, also
+mAP. The one exception is AP, the list of the classes' own precisions behind it: it is in [0, 1], as VISSL gives it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vissl_like.config.schema_model import Meters
+from vissl_like.config.schema_model import Loss, Meters
 from vissl_like.core import distributed
 from vissl_like.errors import ConfigError, DataError
 
@@ -43,7 +44,8 @@ class Meter(Protocol):
 
 
 class AccuracyMeter:
-    """Share of samples whose class is among the k highest logits. Targets (B,) int64; negative ones do not count.
+    """Share of samples whose class is among the k highest logits. Targets (B,) int64; negative ones do not count, nor those
+    that the loss leaves out (`ignore_index`).
 
     A sample's rank is the number of classes with a higher logit, or an equal one and a lower index. So ties are decided
     the same way everywhere; a logit that is not a number is wrong.
@@ -51,8 +53,8 @@ class AccuracyMeter:
 
     name = "accuracy_list_meter"
 
-    def __init__(self, *, topk: Sequence[int], num_heads: int) -> None:
-        self.topk, self.num_heads = list(topk), num_heads
+    def __init__(self, *, topk: Sequence[int], num_heads: int, ignore_index: int = -1) -> None:
+        self.topk, self.num_heads, self.ignore_index = list(topk), num_heads, ignore_index
         self.reset()
 
     def reset(self) -> None:
@@ -65,10 +67,11 @@ class AccuracyMeter:
                 f"accuracy_list_meter: targets of shape {tuple(target.shape)}, but it needs one class per image. "
                 "For multi-label targets set METERS.NAMES to mean_ap_list_meter or precision_at_k_list_meter."
             )
+        refuse_larger_k(self.name, self.topk, [logits.shape[1] for logits in outputs])
         self.correct, self.total = self.correct.to(target.device), self.total.to(target.device)
+        known = (target >= 0) & (target != self.ignore_index)
         for head, logits in enumerate(outputs):
             rank = class_rank(logits.detach(), target)
-            known = target >= 0
             for row, k in enumerate(self.topk):
                 self.correct[row, head] += ((rank < k) & known).sum()
             self.total[head] += known.sum()
@@ -88,6 +91,15 @@ def class_rank(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     before = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
     rank = ((logits > own) | ((logits == own) & before)).sum(1)
     return torch.where(own[:, 0].isnan() | (target >= logits.shape[1]), _LAST, rank)
+
+
+def refuse_larger_k(name: str, topk: Sequence[int], widths: Sequence[int]) -> None:
+    """Raise ConfigError if a k is more than the classes that some head tells apart: all of them would always be hits."""
+    if max(topk, default=0) > min(widths, default=max(topk, default=0)):
+        raise ConfigError(
+            f"config.METERS.{name.upper()}.TOPK_VALUES={list(topk)}: there are only {min(widths)} classes, so the "
+            f"{max(topk)} best are all of them. Use values up to {min(widths)}."
+        )
 
 
 def percent(part: int, whole: int) -> float:
@@ -112,13 +124,14 @@ class RetrievalAtK:
 
     def update(self, outputs: Sequence[torch.Tensor], target: torch.Tensor) -> None:
         positive = _multi_hot(target, self.name) == 1
+        refuse_larger_k(self.name, self.topk, [logits.shape[1] for logits in outputs])
         device = target.device
         self.hits, self.samples, self.labels = (x.to(device) for x in (self.hits, self.samples, self.labels))
         for head, logits in enumerate(outputs):
             order = logits.detach().sort(dim=1, descending=True, stable=True).indices
             ranked = positive.gather(1, order).cumsum(1)
             for row, k in enumerate(self.topk):
-                self.hits[row, head] += ranked[:, min(k, ranked.shape[1]) - 1].sum()
+                self.hits[row, head] += ranked[:, k - 1].sum()
         self.samples += len(positive)
         self.labels += positive.sum()
 
@@ -258,8 +271,17 @@ def _suffixes(names: list[str], *, num_heads: int) -> list[str]:
     return [f"_{name}_{i}" if names.count(name) > 1 else f"_{name}" for i, name in enumerate(names)]
 
 
-def build_meters(meters: Meters, *, num_heads: int) -> MeterGroup:
-    """The meters of METERS.NAMES for a model with this many heads."""
+def ignored_target(loss: Loss) -> int:
+    """The target that the configured loss leaves out; -1 where it has no say in this."""
+    return loss.CROSS_ENTROPY.IGNORE_INDEX if loss.NAME == "cross_entropy" else -1
+
+
+def build_meters(meters: Meters, *, num_heads: int, ignore_index: int = -1, widths: Sequence[int] = ()) -> MeterGroup:
+    """The meters of METERS.NAMES for a model with this many heads.
+
+    ignore_index: targets that the loss leaves out; accuracy leaves them out, too. widths: classes of each head, where they
+    are known, to refuse a larger k now.
+    """
     built: list[tuple[Meter, list[str]]] = []
     for name in meters.NAMES:
         options = getattr(meters, name.upper())
@@ -268,15 +290,16 @@ def build_meters(meters: Meters, *, num_heads: int) -> MeterGroup:
                 f"config.METERS.{name.upper()}.METER_NAMES={options.METER_NAMES}: {num_heads} heads are measured. "
                 "Give one name per head, or none."
             )
-        built.append((_build(name, options, num_heads=num_heads), options.METER_NAMES))
+        refuse_larger_k(name, getattr(options, "TOPK_VALUES", []), widths)
+        built.append((_build(name, options, num_heads=num_heads, ignore_index=ignore_index), options.METER_NAMES))
     return MeterGroup(built, num_heads=num_heads)
 
 
-def _build(name: str, options: Any, *, num_heads: int) -> Meter:
+def _build(name: str, options: Any, *, num_heads: int, ignore_index: int) -> Meter:
     if name == "mean_ap_list_meter":
         return MeanApMeter(num_heads=num_heads)
     if any(k < 1 for k in options.TOPK_VALUES):
         raise ConfigError(f"config.METERS.{name.upper()}.TOPK_VALUES={options.TOPK_VALUES}: each must be 1 or more.")
     if name == "accuracy_list_meter":
-        return AccuracyMeter(topk=options.TOPK_VALUES, num_heads=num_heads)
+        return AccuracyMeter(topk=options.TOPK_VALUES, num_heads=num_heads, ignore_index=ignore_index)
     return RetrievalAtK(name, topk=options.TOPK_VALUES, num_heads=num_heads)

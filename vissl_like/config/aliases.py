@@ -41,6 +41,14 @@ MOVED: dict[str, str] = {
     "HOOKS.TENSORBOARD_SETUP.USE_TENSORBOARD": "LOGGERS.TENSORBOARD.ENABLED",
     "HOOKS.TENSORBOARD_SETUP.LOG_PARAMS": "LOGGERS.TENSORBOARD.LOG_PARAMS",
     "HOOKS.TENSORBOARD_SETUP.LOG_PARAMS_EVERY_N_ITERS": "LOGGERS.TENSORBOARD.LOG_PARAMS_EVERY_N_ITERS",
+    "PROFILING.START_ITERATION": "PROFILE.WAIT",
+    "PROFILING.WARMUP_ITERATIONS": "PROFILE.WARMUP",
+    "PROFILING.NUM_ITERATIONS": "PROFILE.STEPS",
+    "PROFILING.PROFILED_RANKS": "PROFILE.RANKS",
+    "PROFILING.MEMORY_PROFILING.TRACK_BY_LAYER_MEMORY": "PROFILE.MEMORY",
+    "PROFILING.RUNTIME_PROFILING.USE_PROFILER": "PROFILE.ENABLED",
+    "PROFILING.RUNTIME_PROFILING.PROFILE_CPU": "PROFILE.CPU",
+    "PROFILING.RUNTIME_PROFILING.PROFILE_GPU": "PROFILE.GPU",
     "REPRODUCIBILITY.CUDDN_DETERMINISTIC": "MACHINE.DETERMINISTIC",
     "REPRODUCIBILITY.CUDNN_DETERMINISTIC": "MACHINE.DETERMINISTIC",
     "DATA.DDP_BUCKET_CAP_MB": "DISTRIBUTED.BUCKET_CAP_MB",
@@ -136,6 +144,9 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "HOOKS.EMA_MODEL.SAVE_EMA_MODEL": lambda value: {"MODEL.EMA.ENABLED": value},
     "HOOKS.EMA_MODEL.ENABLE_EMA_METERS": lambda value: {"MODEL.EMA.ENABLED": True} if value else {},
+    "MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP": lambda value: {
+        "DISTRIBUTED.STRATEGY": {True: "fsdp", False: "ddp"}[value] if isinstance(value, bool) else value
+    },
     "MODEL.AMP_PARAMS.USE_AMP": lambda value: {
         "MACHINE.PRECISION": {True: "fp16", False: "fp32"}[value] if isinstance(value, bool) else value
     },
@@ -159,7 +170,6 @@ _INFERRED = "it is inferred from the heads and the data"
 _OWN_PLACE = "events are written to RUN.DIR/tb_logs"
 _SUBSTITUTE = "an unreadable image is replaced by another one and listed in bad_images.txt"
 _READ_IN_PLACE = "images are read where they are"
-_NO_GAIN = "activations are kept, which costs memory and changes no result"
 
 #: Old key, or old section with `.*` -> why it is ignored. Harmless: the results are the same without it.
 IGNORED: dict[str, str] = {
@@ -174,11 +184,12 @@ IGNORED: dict[str, str] = {
     "HOOKS.TENSORBOARD_SETUP.FLUSH_EVERY_N_MIN": "events are flushed as they come",
     "HOOKS.TENSORBOARD_SETUP.LOG_PARAMS_GRADIENTS": "gradients are watched by LOGGERS.WANDB.WATCH_GRADIENTS",
     "MONITORING.*": "activations are not monitored",
-    "PROFILING.*": "there is no profiler; py-spy or torch.profiler look at a run from outside",
+    "PROFILING.OUTPUT_FOLDER": "profiles are written to RUN.DIR/profile",
+    "PROFILING.RUNTIME_PROFILING.LEGACY_PROFILER": "torch.profiler is used",
     "DATA.ENABLE_ASYNC_GPU_COPY": "copies from pinned memory never wait",
     "MODEL.CUDA_CACHE.*": "PyTorch's allocator needs no clearing",
-    "MODEL.ACTIVATION_CHECKPOINTING.*": _NO_GAIN,
-    "MODEL.FSDP_CONFIG.*": "it is an option of a wrapper that is not used",
+    "MODEL.ACTIVATION_CHECKPOINTING.NUM_ACTIVATION_CHECKPOINTING_SPLITS": "each repeated block is computed again on its own",
+    "MODEL.FSDP_CONFIG.*": "DISTRIBUTED.STRATEGY=fsdp follows MACHINE.PRECISION and needs no further options",
     "MODEL.SHARDED_DDP_SETUP.reduce_buffer_size": "it is an option of a wrapper that is not used",
     "MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE": "PyTorch's synchronised batch normalisation is used",
     "MODEL.AMP_PARAMS.AMP_ARGS.*": "PyTorch's autocast needs no level",
@@ -216,8 +227,7 @@ IGNORED: dict[str, str] = {
 _NOT_HERE = "nothing here does the same"
 _ONE_WAY = "images and labels have one name each"
 _LIBRARY_TRUNK = "use TRUNK.NAME=timm/<name> or torchvision/<name>, with the constructor's arguments in TRUNK.OPTIONS"
-_NO_SLURM = "jobs are not submitted from here; start the same command by srun or torchrun inside your job"
-_NO_SHARDING = "models are not sharded; each process holds the whole model (DDP)"
+_NO_SHARDING = "optimizer states alone are not sharded; DISTRIBUTED.STRATEGY=fsdp shards weights and gradients too"
 _SAMPLERS = "every epoch is one permutation of the rows; balance a subset with DATA_LIMIT_SAMPLING.IS_BALANCED"
 
 #: Old key, or old section with `.*` -> (values under which it says nothing, why there is no equivalent). Else an error.
@@ -228,7 +238,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "MODEL.MULTI_INPUT_HEAD_MAPPING": (([],), _ONE_WAY),
     "MODEL.SINGLE_PASS_EVERY_CROP": ((False,), "there are no multi-crop batches"),
     "MODEL.SHARDED_DDP_SETUP.USE_SDP": ((False,), _NO_SHARDING),
-    "MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP": ((False,), _NO_SHARDING),
     "MODEL.TRUNK.VISION_TRANSFORMERS.*": ((), _LIBRARY_TRUNK),
     "MODEL.TRUNK.TRUNK_PARAMS.*": ((), _LIBRARY_TRUNK),
     **{
@@ -238,12 +247,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
             *("RESNEXT", "VISION_TRANSFORMER", "CLASSY_VIT", "ALEXNET"),
         )
     },
+    "PROFILING.STOP_TRAINING_AFTER_PROFILING": ((False,), "a training ends after NUM_EPOCHS; set that to fewer"),
     "OPTIMIZER.use_zero": ((False,), "the optimizer's state is not sharded"),
     "OPTIMIZER.use_larc": ((False,), "use OPTIMIZER.NAME=lars, which also scales each layer's rate"),
     "TRAINER.TRAIN_STEP_NAME": (("standard_train_step",), "TASK.NAME chooses what a step does"),
     "TRAINER.TASK_NAME": (("self_supervision_task",), "TASK.NAME chooses what is trained"),
     "CHECKPOINT.LATEST_CHECKPOINT_RESUME_FILE_NUM": ((1,), "the newest good checkpoint is resumed"),
-    "SLURM.USE_SLURM": ((False,), _NO_SLURM),
     "RANKING.*": ((), _NOT_HERE),
     "SVM.*": ((), "there are no SVMs; the linear probe is EVALUATE.PROTOCOLS=[linear] with LINEAR_PROBE"),
     "LOW_SHOT_BENCHMARK.METHOD": (("logistic_regression",), "low-shot probes are logistic regressions (LOW_SHOT)"),
@@ -274,7 +283,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 IGNORED |= {
-    "SLURM.*": _NO_SLURM,
     **{
         f"DATA.{split}.{sampler}.*": _SAMPLERS
         for split in ("TRAIN", "TEST")

@@ -20,7 +20,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -184,6 +184,11 @@ def _quoted(value: str) -> str:
         parts = [part.strip() for part in value[1:-1].split(",")]
         return "[" + ",".join(part if _PLAIN.fullmatch(part) else f"'{part}'" for part in parts) + "]"
     return "'" + value.replace("'", "\\'") + "'"
+
+
+def text_override(key: str, value: str) -> str:
+    """The override that sets an option to this text, whatever characters it holds."""
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def shell_quoted(text: str) -> str:

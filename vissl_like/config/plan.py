@@ -150,7 +150,7 @@ def _processes(config: Config, rows: list[PlanRow], *, num_processes: int, local
         rows.append(PlanRow("MACHINE.DEVICE", config.MACHINE.DEVICE, device, reason))
     if given.NUM_PROC_PER_NODE != local:
         why = "one per GPU" if device == "gpu" else "one, on a CPU"
-        reason = why if given.NUM_PROC_PER_NODE == 0 else "as many as torchrun started"
+        reason = why if given.NUM_PROC_PER_NODE == 0 else "as many as were started from outside"
         rows.append(PlanRow("DISTRIBUTED.NUM_PROC_PER_NODE", str(given.NUM_PROC_PER_NODE), str(local), reason))
     backend = given.BACKEND
     if backend == "auto":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vissl_like.config import components
+from vissl_like.config.rules_launch import slurm_problems
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_data import Split
 from vissl_like.config.schema_model import Schedule
@@ -20,6 +21,7 @@ Problem = tuple[str, str]
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 _DISK = ("disk_folder", "disk_filelist")
+_SHARDS = "webdataset"
 #: Values of PARAMS_FILE that are no paths.
 _NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:", "http://", "https://")
 
@@ -101,13 +103,37 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     yield from _heads_and_pooling(config)
     yield from _number_lists(config)
     yield from _engine_needs(job)
+    yield from slurm_problems(config)
     if not list(_heads_and_pooling(config)):
         yield from _wanted_layers(job)
     if config.DISTRIBUTED.BACKEND == "nccl" and config.MACHINE.DEVICE == "cpu":
         key = "config.DISTRIBUTED.BACKEND"
         yield key, f"{key}='nccl': it works between GPUs only, but config.MACHINE.DEVICE='cpu'. Use auto or gloo."
+    yield from _sharding_problems(config)
     if job.engine_name == "train":
         yield from _schedule_problems(config)
+
+
+def _sharding_problems(config: Config) -> Iterator[Problem]:
+    """What needs whole weights in every process."""
+    if config.DISTRIBUTED.STRATEGY != "fsdp":
+        return
+    key, value = "config.MACHINE.COMPILE", config.MACHINE.COMPILE
+    if value == "model":
+        yield (
+            key,
+            f"{key}='model': sharded blocks are gathered one by one (config.DISTRIBUTED.STRATEGY='fsdp'). Use blocks.",
+        )
+    loggers = config.LOGGERS
+    for key, is_on in (
+        ("config.LOGGERS.TENSORBOARD.LOG_PARAMS", loggers.TENSORBOARD.ENABLED and loggers.TENSORBOARD.LOG_PARAMS),
+        ("config.LOGGERS.WANDB.WATCH_GRADIENTS", loggers.WANDB.ENABLED and loggers.WANDB.WATCH_GRADIENTS),
+    ):
+        if is_on:
+            yield (
+                key,
+                f"{key}=True: no process has whole weights (config.DISTRIBUTED.STRATEGY='fsdp'). Set it to false.",
+            )
 
 
 def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
@@ -276,8 +302,9 @@ def check_files(*jobs: Job, made_in: str = "") -> list[str]:
     problems: list[UserError] = []
     for job in jobs:
         from_catalog, unknown = _from_catalog(job)
-        wanted += [*_wanted_files(job), *from_catalog]
-        problems += unknown
+        shards, lost = _wanted_shards(job)
+        wanted += [*_wanted_files(job), *from_catalog, *shards]
+        problems += [*unknown, *lost]
     found: list[str] = []
     for key, path, kind in dict.fromkeys(wanted):
         expanded = os.path.expanduser(path)
@@ -302,14 +329,40 @@ def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
         yield "config.DATA.CATALOG", config.DATA.CATALOG, "data"
     for split in used_splits(job):
         options: Split = getattr(config.DATA, split)
-        for name in ("DATA_PATHS", "LABEL_PATHS"):
-            for number, path in enumerate(getattr(options, name)):
-                yield f"config.DATA.{split}.{name}.{number}", path, "data"
+        for number, path in enumerate(options.DATA_PATHS):
+            if options.DATA_SOURCES[number] != _SHARDS:
+                yield f"config.DATA.{split}.DATA_PATHS.{number}", path, "data"
+        for number, files in enumerate(options.LABEL_PATHS):
+            for path in [files] if isinstance(files, str) else files:
+                yield f"config.DATA.{split}.LABEL_PATHS.{number}", path, "data"
     if job.engine_name == "evaluate" and config.EVALUATE.FEATURES_PATH:
         yield "config.EVALUATE.FEATURES_PATH", config.EVALUATE.FEATURES_PATH, "data"
     if job.engine_name == "cluster_features" and not config.CLUSTERFIT.FEATURES.EXTRACT:
         path = config.CLUSTERFIT.FEATURES.PATH or os.path.join(config.RUN.DIR or ".", "features")
         yield "config.CLUSTERFIT.FEATURES.PATH", path, "data"
+
+
+def _wanted_shards(job: Job) -> tuple[list[tuple[str, str, str]], list[UserError]]:
+    """(key, folder, kind) of the folders of shards, and shards that are missing."""
+    found: list[tuple[str, str, str]] = []
+    problems: list[UserError] = []
+    for split in used_splits(job):
+        options: Split = getattr(job.config.DATA, split)
+        for number, path in enumerate(options.DATA_PATHS):
+            key = f"config.DATA.{split}.DATA_PATHS.{number}"
+            try:
+                if options.DATA_SOURCES[number] == _SHARDS:
+                    found += [(key, folder, "data") for folder in _shard_folders(path, key)]
+            except UserError as error:
+                problems.append(error)
+    return found, problems
+
+
+def _shard_folders(path: str, key: str) -> list[str]:
+    """Folders of the shards that a path names; what lies behind URLs is not asked for. Raises if a shard is missing."""
+    from vissl_like.data.shard_names import is_url, shards_of
+
+    return list(dict.fromkeys(os.path.dirname(shard) for shard in shards_of(path, key=key) if not is_url(shard)))
 
 
 def _from_catalog(job: Job) -> tuple[list[tuple[str, str, str]], list[UserError]]:
@@ -323,12 +376,15 @@ def _from_catalog(job: Job) -> tuple[list[tuple[str, str, str]], list[UserError]
         options: Split = getattr(data, split)
         for number, source in enumerate(options.DATA_SOURCES):
             # Images may also be named beside a label file; then neither a path nor the catalog is needed.
-            if source not in _DISK or options.DATA_PATHS or number < len(options.LABEL_PATHS):
+            is_named = source in _DISK and number < len(options.LABEL_PATHS)
+            if source not in (*_DISK, _SHARDS) or options.DATA_PATHS or is_named:
                 continue
             name = options.DATASET_NAMES[number] if options.DATASET_NAMES else ""
+            key = f"config.DATA.{split}.DATASET_NAMES.{number}"
             try:
-                entry = catalog.look_up(name, split=split, catalog=data.CATALOG)
-                found.append((f"config.DATA.{split}.DATASET_NAMES.{number}", entry.images, "data"))
+                images = catalog.look_up(name, split=split, catalog=data.CATALOG).images
+                paths = _shard_folders(images, key) if source == _SHARDS else [images]
+                found += [(key, path, "data") for path in paths]
             except UserError as error:
                 problems.append(error)
     return found, problems

@@ -23,7 +23,11 @@ IRRELEVANT = (
     "config.MULTI_PROCESSING_METHOD",
     "config.RUN",
     "config.DISTRIBUTED",
+    "config.SLURM",
     "config.MACHINE.NUM_THREADS",
+    "config.MACHINE.COMPILE",
+    "config.MACHINE.COMPILE_BACKEND",
+    "config.MODEL.ACTIVATION_CHECKPOINTING",
     "config.CHECKPOINT",
     "config.LOGGERS",
     "config.DATA.NUM_DATALOADER_WORKERS",
@@ -33,6 +37,11 @@ IRRELEVANT = (
     "config.DATA.TEST.MMAP_MODE",
     "config.PIPELINE.TABLE",
 )
+
+
+#: Engines that put each image through a fixed network: what comes out is the image's, whatever else is in the batch (but for
+#: the last bit of a convolution). Finished features keep the batches that they were made with.
+BATCH_IS_IRRELEVANT = ("extract_features", "cluster_features", "extract_label_predictions")
 
 
 def plain(job: Job) -> dict[str, Any]:
@@ -65,6 +74,9 @@ def relevant(job: Job, *, global_batch: int | None = None) -> dict[str, Any]:
     same steps may be made by other numbers of processes, accumulated batches and images per process.
     """
     found = {".".join(path): value for path, value in flatten(plain(job)) if not _is_irrelevant(".".join(path))}
+    if job.engine_name in BATCH_IS_IRRELEVANT:
+        for split in ("TRAIN", "VAL", "TEST"):
+            found.pop(f"config.DATA.{split}.BATCHSIZE_PER_REPLICA")
     if global_batch is not None:
         found.pop("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA")
         found.pop("config.OPTIMIZER.ACCUMULATE_STEPS")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from vissl_like.config.schema_data import ClusterFit, Data, ExtractFeatures
+from vissl_like.config.schema_launch import Slurm
 from vissl_like.config.schema_model import Loss, Meters, Model, Optimizer
 from vissl_like.config.schema_parts import EvaluateParts, PartMaps
 from vissl_like.config.section import Section, group, option
@@ -33,14 +34,32 @@ class Machine(Section):
     DETERMINISTIC: bool = option(False, "Deterministic GPU kernels only (bit-exact resume on GPU).")
     NUM_THREADS: int = option(0, "CPU threads per process; 0: cores divided by local processes.", ge=0)
     CHANNELS_LAST: bool = option(False, "Keep images and convolutions channels-last.")
+    COMPILE: Literal["none", "blocks", "model"] = option(
+        "none", "torch.compile of each kind of repeated block (quick to start), or of the whole model."
+    )
+    COMPILE_BACKEND: str = option("inductor", "Backend of torch.compile.")
 
 
 class Distributed(Section):
     NUM_NODES: int = option(1, "Machines.", ge=1)
     NUM_PROC_PER_NODE: int = option(0, "Processes per machine; 0: one per GPU, one on a CPU.", ge=0)
     BACKEND: Literal["auto", "gloo", "nccl"] = option("auto", "auto: nccl on GPUs, gloo on CPUs.")
-    ENDPOINT: str = option("", "host:port on which the machines meet (NUM_NODES > 1); the same on every machine.")
-    NODE_ID: int = option(-1, "This machine's number; -1: not needed.", ge=-1)
+    ENDPOINT: str = option(
+        "", "host:port where several machines meet: an address of one of them, the same words on every machine."
+    )
+    NODE_ID: int = option(
+        -1, "0: the first machine, which serves the endpoint; -1: the one that has its address is the first.", ge=-1
+    )
+    JOIN_TIMEOUT_S: int = option(600, "Seconds that several machines wait for each other, also after a restart.", ge=1)
+    MAX_RESTARTS: int = option(
+        3, "How often several machines start their processes again after a process or a machine was lost.", ge=0
+    )
+    STRATEGY: Literal["ddp", "fsdp"] = option(
+        "ddp", "ddp: each process holds the whole model; fsdp: a part of every weight, gradient and optimizer state."
+    )
+    RESHARD_AFTER_FORWARD: bool = option(
+        True, "fsdp: give up gathered blocks after the forward pass; false: more memory, less traffic."
+    )
     BROADCAST_BUFFERS: bool = option(True, "Broadcast buffers from rank 0 at each step (DDP).")
     BUCKET_CAP_MB: int = option(25, "Size of gradient buckets in MB (DDP).", ge=1)
     TIMEOUT_S: int = option(1800, "Seconds after which a collective operation gives up.", ge=1)
@@ -51,6 +70,10 @@ class Checkpoint(Section):
     EVERY_EPOCHS: int = option(1, "Save after every this many epochs; 0: only at the end.", ge=0)
     EVERY_STEPS: int = option(0, "Also save every this many steps; 0: no.", ge=0)
     KEEP: int = option(2, "Newest saves that are kept, beside best and last.", ge=1)
+    ASYNC: bool = option(
+        True,
+        "Write in the background; training waits for a copy in host memory only. False: no copy, it waits for the disk.",
+    )
     BEST_METRIC: str = option("", "Metric of results that chooses `best`. Empty: the first test accuracy.")
 
 
@@ -75,6 +98,19 @@ class Wandb(Section):
 class Loggers(Section):
     TENSORBOARD: TensorBoard = group(TensorBoard, "TensorBoard.")
     WANDB: Wandb = group(Wandb, "Weights & Biases.")
+
+
+class Profile(Section):
+    ENABLED: bool = option(False, "Time and trace some training steps: RUN.DIR/profile says where their time went.")
+    WAIT: int = option(10, "Steps of this launch that come before.", ge=0)
+    STEPS: int = option(20, "Steps that are timed; as many are traced afterwards.", ge=1)
+    WARMUP: int = option(2, "Steps after the timed ones with the tracer on that do not count.", ge=0)
+    CPU: bool = option(True, "Trace operations on the CPU.")
+    GPU: bool = option(True, "Trace kernels on the GPU, if there is one.")
+    SHAPES: bool = option(False, "Trace the shapes of inputs.")
+    MEMORY: bool = option(False, "Trace allocations of memory.")
+    STACKS: bool = option(False, "Trace the source line of each operation (slow).")
+    RANKS: list[int] = option([0], "Processes that are profiled.")
 
 
 class Task(Section):
@@ -154,8 +190,10 @@ class Config(Section):
     RUN: Run = group(Run, "The run folder.")
     MACHINE: Machine = group(Machine, "Device and arithmetic.")
     DISTRIBUTED: Distributed = group(Distributed, "Processes and machines.")
+    SLURM: Slurm = group(Slurm, "Submission to a SLURM cluster.")
     CHECKPOINT: Checkpoint = group(Checkpoint, "Saving and resuming.")
     LOGGERS: Loggers = group(Loggers, "Where metrics go, beside metrics.jsonl.")
+    PROFILE: Profile = group(Profile, "Where the time of training steps goes.")
     DATA: Data = group(Data, "Images and labels.")
     TASK: Task = group(Task, "What is trained.")
     MODEL: Model = group(Model, "The network.")

@@ -9,14 +9,19 @@ from vissl_like.config.section import Section, group, option
 
 class LimitSampling(Section):
     SEED: int = option(0, "Seed of the subset that DATA_LIMIT draws.", ge=0)
-    IS_BALANCED: bool = option(False, "Draw the same number of each class; needs labels and DATA_LIMIT >= classes.")
+    IS_BALANCED: bool = option(
+        False,
+        "Draw the same number of each class (what is left over from the first ones); needs labels and DATA_LIMIT >= classes.",
+    )
     SKIP_NUM_SAMPLES: int = option(0, "Leave out this many samples of the drawn order first (disjoint subsets).", ge=0)
 
 
 class Split(Section):
     DATASET_NAMES: list[str] = option([], "Name of each source: a catalog entry, a torchvision data set, or free text.")
     DATA_SOURCES: list[str] = option([], "Kind of each source (`list data_sources`). Empty: the split is not used.")
-    DATA_PATHS: list[str] = option([], "Folder or .npy file list of each source. Empty: looked up in the catalog.")
+    DATA_PATHS: list[str] = option(
+        [], "Folder, .npy file list, or shards (folder, pattern, URLs) of each source. Empty: looked up in the catalog."
+    )
     LABEL_SOURCES: list[str] = option(
         [], "Where labels come from: disk_folder, disk_filelist or the data source's name."
     )
@@ -76,6 +81,25 @@ class TrainSplit(Section):
     SEED: int = option(0, "Seed of the stratified choice.", ge=0)
 
 
+class Stream(Section):
+    SHUFFLE: Literal["auto", "images", "shards"] = option(
+        "auto",
+        "Training order. images: all images in random order; shards: shards in random order, the images of SHUFFLE_SHARDS "
+        "of them mixed at a time. auto: shards where they are fetched, else images.",
+    )
+    SHUFFLE_SHARDS: int = option(8, "Shards whose images are mixed at a time.", ge=1)
+    CACHE_DIR: str = option(
+        "", "Folder of this machine for fetched shards and lists of samples. Empty: ~/.cache/vissl_like/shards."
+    )
+    CACHE_GB: float = option(50.0, "Room for fetched shards in that folder, in 10^9 bytes.", gt=0)
+    RETRIES: int = option(5, "How often a shard whose connection broke is asked for again.", ge=0)
+    TIMEOUT_S: float = option(60.0, "Seconds that a server may be silent.", gt=0)
+    IMAGE_MEMBER: str = option("", "Extension of the image in a sample, if there are several. Empty: the only image.")
+    LABEL_MEMBER: str = option(
+        "", "What holds the class of a sample: an extension (cls, txt) or json.FIELD. Empty: cls, else json.label."
+    )
+
+
 class Data(Section):
     NUM_DATALOADER_WORKERS: int = option(-1, "Loader processes per rank; 0: in the main process; -1: inferred.", ge=-1)
     PIN_MEMORY: bool = option(True, "Pin host memory when the device is a GPU.")
@@ -96,6 +120,7 @@ class Data(Section):
     )
     DOWNLOAD: bool = option(False, "Let torchvision data sets download themselves.")
     MAX_BAD_FRACTION: float = option(0.01, "Share of unreadable images above which the run is an error.", ge=0, le=1)
+    STREAM: Stream = group(Stream, "Tar shards (DATA_SOURCES=[webdataset]).")
     TRAIN: Split = group(Split, "Training split.")
     VAL: Split = group(Split, "Validation split, used to choose hyper-parameters of probes. Optional.")
     TEST: Split = group(Split, "Test split: what is evaluated.")
@@ -132,7 +157,20 @@ class ClusterFit(Section):
     NUM_CLUSTERS: int = option(16000, "Number of clusters K.", ge=1)
     NUM_ITER: int = option(50, "Lloyd iterations.", ge=1)
     CLUSTER_BACKEND: Literal["auto", "faiss", "torch"] = option(
-        "auto", "auto: faiss on the CPU where it is installed, else torch."
+        "auto",
+        "torch: reads rows block by block, shared by all processes, the same bits at any number of them; faiss: on the main "
+        "process, with all rows that are trained on in its memory. auto: torch.",
+    )
+    INIT: Literal["random", "kmeans++"] = option(
+        "random", "First centroids: random rows, or k-means++, which costs as much as some iterations."
+    )
+    PRECISION: Literal["float32", "tf32", "bfloat16"] = option(
+        "float32",
+        "Arithmetic of the products of rows and centroids during the iterations (torch). tf32 and bfloat16 are for GPUs, and "
+        "given up where they make the objective of a block 0.1 % worse. Labels are always assigned in float32.",
+    )
+    CACHE_MB: int = option(
+        128, "Rows that each process keeps in host memory between iterations (torch); the others are read again.", ge=0
     )
     SEED: int = option(-1, "Seed of the initial centroids; -1: SEED_VALUE.", ge=-1)
     NUM_REDO: int = option(1, "Runs from different centroids; the lowest objective wins.", ge=1)

@@ -76,6 +76,12 @@ class SyncBN(Section):
     GROUP_SIZE: int = option(-1, "-1: the processes of a node; 0: all; N: groups of N.", ge=-1)
 
 
+class ActivationCheckpointing(Section):
+    USE_ACTIVATION_CHECKPOINTING: bool = option(
+        False, "Keep the inputs of the trunk's repeated blocks only and compute the rest again: less memory, more time."
+    )
+
+
 class GradClip(Section):
     USE_GRAD_CLIP: bool = option(False, "Clip gradients by their norm.")
     NORM_TYPE: float = option(2.0, "Order of the norm.", gt=0)
@@ -102,6 +108,7 @@ class Model(Section):
     WEIGHTS_INIT: WeightsInit = group(WeightsInit, "Initial weights from any published checkpoint.")
     NON_TRAINABLE_PARAMS: list[str] = option([], "Exact names of parameters that are never trained.")
     SYNC_BN_CONFIG: SyncBN = group(SyncBN, "Synchronised batch normalisation.")
+    ACTIVATION_CHECKPOINTING: ActivationCheckpointing = group(ActivationCheckpointing, "Memory against time.")
     GRAD_CLIP: GradClip = group(GradClip, "Gradient clipping.")
     EMA: Ema = group(Ema, "Average of the weights.")
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and that can be read without this package.
+"""Checkpoints that are either whole or not there, and that can be read without this package. Writing: core/saving.py.
 
 RUN.DIR/checkpoints/step_XXXXXXXX/ holds
 
@@ -8,22 +8,20 @@ RUN.DIR/checkpoints/step_XXXXXXXX/ holds
     training.json           the structure of that state, with references to those tensors
     manifest.json           step, and size and checksum of each file
 
-A save is written beside its final name, forced to the disk and published by one rename. `last` and `best` are relative
-symbolic links, each replaced in one step. Nothing here is ever unpickled.
+With a sharded model (DISTRIBUTED.STRATEGY=fsdp) the large tensors of the training state lie elsewhere:
+
+    training.rank_00000.safetensors, ...   the rows of each process
+    training.parts.json                    {tensor: [[file, first row, row after the last], ...]}
+
+Weights are never split, and nothing here is ever unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
-import os
 import re
-import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,20 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vissl_like.core import distributed, state_format
-from vissl_like.errors import DataError, WeightsError
+from vissl_like.core import distributed, parallel, state_format
+from vissl_like.core.state_format import Stored
+from vissl_like.errors import WeightsError
 
 FOLDER, MANIFEST = "checkpoints", "manifest.json"
 MODEL, EMA, TENSORS, STRUCTURE = "model.safetensors", "ema.safetensors", "training.safetensors", "training.json"
-
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Beginnings of names that stand for work in progress; `.saving-<step>-<host>-<pid>`.
-_SAVING, _REMOVING = ".saving-", ".removing-"
-_STALE_S = 3600.0
+PARTS = "training.parts.json"
 
 log = logging.getLogger(__name__)
+
+
+def rank_file(kind: str, rank: int) -> str:
+    """The file of one process's rows; kind: training, or (while a checkpoint is being made) weights."""
+    return f"{kind}.rank_{rank:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Saved:
         return load_file(self.path / MODEL)
 
     def load_into(self, model: nn.Module) -> None:
-        """Give the model these weights; raises WeightsError if they do not fit."""
+        """Give the model these weights, of a sharded one the rows that lie here; raises WeightsError if they do not fit."""
         try:
-            model.load_state_dict(self.model_state())
+            model.load_state_dict(shard_like(self.model_state(), model.state_dict()))
         except RuntimeError as error:
             raise WeightsError(
                 f"{self.path}: does not fit this model: {error}. Resume with the configuration of the run, or set "
@@ -70,50 +70,42 @@ class Saved:
         """The averaged weights, or None."""
         return load_file(self.path / EMA) if (self.path / EMA).exists() else None
 
-    def training_state(self) -> dict[str, Any]:
-        """Optimizer, running sums and whatever else the training needs to go on."""
+    def training_state(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Optimizer, running sums and whatever else the training needs to go on.
+
+        Tensors under `optimizer/<name of a weight>` are sharded as that weight is.
+        """
         structure = json.loads((self.path / STRUCTURE).read_text())
-        # Copies: tensors of load_file() may be windows onto the file, and an optimizer changes its state in place.
-        tensors = {name: tensor.clone() for name, tensor in load_file(self.path / TENSORS).items()}
+        weights = weights or {}
+        tensors = {}
+        for path, stored in self._stored().items():
+            section, _, rest = path.partition("/")
+            weight = weights.get(rest.rpartition("/")[0]) if section == "optimizer" else None
+            tensors[path] = stored.whole() if weight is None else load_like(stored, weight)
         return state_format.join_state(structure, tensors)
 
-
-def save(
-    run_dir: Path,
-    *,
-    step: int,
-    model_state: Mapping[str, Tensor],
-    training_state: Mapping[str, Any],
-    keep: int,
-    ema_state: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Save, publish as `last`, and remove all but the newest `keep` and `best`. To be called on every rank.
-
-    Rank 0 writes; the others wait. A full disk raises DataError on every rank and leaves the older saves as they were.
-    """
-    failure: DataError | None = None
-    folder = run_dir / FOLDER
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _full_disk_explained(folder):
-                clean(run_dir)
-                _publish(folder, step, model_state, training_state, ema_state)
-                _point(folder, "last", step)
-        except DataError as error:
-            failure = error
-    failure = distributed.broadcast_object(failure)
-    if failure is not None:
-        raise failure
-    if distributed.is_main():
-        _prune(folder, keep)
-    return folder / step_name(step)
+    def _stored(self) -> dict[str, Stored]:
+        """The tensors of the training state by name."""
+        found = {name: Stored((tensor,)) for name, tensor in load_file(self.path / TENSORS).items()}
+        parts = json.loads((self.path / PARTS).read_text()) if (self.path / PARTS).exists() else {}
+        files = {file: load_file(self.path / file) for file in {file for rows in parts.values() for file, _, _ in rows}}
+        return found | {name: Stored(tuple(files[file][name] for file, _, _ in rows)) for name, rows in parts.items()}
 
 
-def mark_best(run_dir: Path, step: int) -> None:
-    """Let `best` point at the save of this step."""
-    if distributed.is_main():
-        _point(run_dir / FOLDER, "best", step)
+def shard_like(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state`; those whose target of the same name is sharded as it is, from the rows that lie here."""
+    return {
+        name: load_like(Stored((tensor,)), targets[name]) if name in targets else tensor
+        for name, tensor in state.items()
+    }
+
+
+def load_like(stored: Stored, target: Tensor) -> Tensor:
+    """A stored tensor, sharded as `target` is; as a whole if that one is not, or has another shape."""
+    if not parallel.is_part(target) or stored.shape != tuple(target.shape):
+        return stored.whole()
+    start, stop = parallel.rows_of_ranks(len(target))[distributed.current().rank]
+    return parallel.as_part(stored.rows(start, stop), like=target)
 
 
 def newest(run_dir: Path) -> Saved | None:
@@ -172,7 +164,8 @@ def find_damage(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
         for name, written in files.items():
-            found = state_format.record_of(path / name)
+            kind = next((key for key in written if key != "bytes"), state_format.CHECKSUM)
+            found = state_format.record_of(path / name, kind=kind)
             if found["bytes"] != written["bytes"]:
                 return f"{name} has {found['bytes']} bytes instead of {written['bytes']}"
             if found != written:
@@ -183,104 +176,3 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} cannot be read: {error}"
     missing = {MODEL, TENSORS, STRUCTURE} - set(files)
     return f"{MANIFEST} does not name {', '.join(sorted(missing))}" if missing else None
-
-
-def clean(run_dir: Path) -> None:
-    """Remove what writers left behind that died while saving or removing."""
-    folder = run_dir / FOLDER
-    for entry in folder.iterdir() if folder.is_dir() else []:
-        if entry.name.startswith(_REMOVING) or (entry.name.startswith(_SAVING) and _is_abandoned(entry)):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def discard(run_dir: Path) -> None:
-    """Remove all checkpoints of a run folder, for a training that starts anew in it."""
-    if distributed.is_main():
-        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-    distributed.barrier()
-
-
-def _publish(
-    folder: Path,
-    step: int,
-    model_state: Mapping[str, Tensor],
-    training_state: Mapping[str, Any],
-    ema_state: Mapping[str, Tensor] | None,
-) -> None:
-    beside = folder / f"{_SAVING}{step}-{socket.gethostname()}-{os.getpid()}"
-    final = folder / step_name(step)
-    try:
-        beside.mkdir()
-        structure, tensors = state_format.split_state(training_state)
-        files = {
-            MODEL: state_format.write_tensors(beside / MODEL, model_state),
-            TENSORS: state_format.write_tensors(beside / TENSORS, tensors),
-            STRUCTURE: state_format.write_json(beside / STRUCTURE, structure),
-        }
-        if ema_state is not None:
-            files[EMA] = state_format.write_tensors(beside / EMA, ema_state)
-        state_format.write_json(beside / MANIFEST, {"step": step, "files": files})
-        state_format.sync_folder(beside)
-        if final.exists():  # a damaged save of this step that was passed over
-            _remove(final)
-        os.rename(beside, final)
-        state_format.sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def _point(folder: Path, link: str, step: int) -> None:
-    """Make `link` a relative symbolic link to the save of this step, in one step."""
-    beside = folder / f".{link}-{os.getpid()}"
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(step_name(step))
-    os.replace(beside, folder / link)
-    state_format.sync_folder(folder)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    linked = {os.readlink(folder / link) for link in ("best", "last") if (folder / link).is_symlink()}
-    for step in saved_steps(folder.parent)[:-keep]:
-        if step_name(step) not in linked:
-            _remove(folder / step_name(step))
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; interrupted, it leaves no half of one under a checkpoint's name."""
-    doomed = path.with_name(f"{_REMOVING}{path.name}-{os.getpid()}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _is_abandoned(entry: Path) -> bool:
-    """Whether the process that was writing this folder is gone (elsewhere: whether nothing happened for an hour)."""
-    host, _, pid = entry.name.removeprefix(_SAVING).partition("-")[2].rpartition("-")
-    if host != socket.gethostname() or not pid.isdigit():
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - entry.stat().st_mtime > _STALE_S
-        return False
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
-@contextlib.contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    """Turn the system's word for a full disk into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL_DISK:
-            raise
-        free = shutil.disk_usage(folder).free / 1e6
-        raise DataError(
-            f"{folder}: no room to save a checkpoint ({error.strerror}; {free:.0f} MB free). The older ones are "
-            "intact. Free some space, or lower config.CHECKPOINT.KEEP, and start the same command again."
-        ) from error

@@ -15,6 +15,9 @@ from vissl_like.errors import ConfigError
 
 T = TypeVar("T")
 
+#: Environment variable of ranks that see one GPU each, their own. launch.allocation sets it.
+ONE_GPU_PER_TASK = "VISSL_LIKE_ONE_GPU_PER_TASK"
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,13 +74,14 @@ def _pick_device(device: str, *, local_rank: int, local_size: int) -> torch.devi
         raise ConfigError(
             "config.MACHINE.DEVICE='gpu': this machine shows no GPU to PyTorch. Use cpu, or mend the driver."
         )
-    if local_rank >= torch.cuda.device_count():
+    index = 0 if ONE_GPU_PER_TASK in os.environ else local_rank
+    if index >= torch.cuda.device_count():
         raise ConfigError(
             f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local_size}: this machine has {torch.cuda.device_count()} GPUs; "
             "use at most one process per GPU."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def shutdown() -> None:
@@ -86,6 +90,14 @@ def shutdown() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     _world = _ALONE
+
+
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that another process does not answer any more."""
+    if error is None:
+        return False
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or is_gloo or is_lost_connection(error.__cause__)
 
 
 def barrier() -> None:

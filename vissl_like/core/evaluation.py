@@ -21,6 +21,8 @@ from vissl_like.core import distributed, parallel, rng, signals
 from vissl_like.errors import DataError
 
 Batch = dict[str, Any]
+#: Marks a batch whose outputs do not count.
+STAND_IN = "stand_in"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,8 +83,9 @@ class Arithmetic:
         Random numbers of the transforms, `draws`, stay on the host and go no further.
         """
         device = distributed.current().device
+        on_host = device.type == "cpu"  # where the batch is already
         moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value if on_host or not isinstance(value, Tensor) else value.to(device, non_blocking=True)
             for name, value in batch.items()
             if name != "draws"
         }
@@ -119,13 +122,11 @@ def evaluate(
     parallel.share_buffers(task.model)
     task.eval()
     on_cpu = distributed.current().device.type == "cpu"
-    threads = torch.get_num_threads() if on_cpu and not task.draws_in_test else 1
+    is_parallel = on_cpu and not task.draws_in_test and parallel.is_replicable(task.model)
+    threads = torch.get_num_threads() if is_parallel else 1
     own = threading.local()
 
-    def compute(batch: Batch) -> tuple[Batch, Any] | None:
-        kept = _valid_rows(batch)
-        if not len(kept["index"]):
-            return None
+    def compute(kept: Batch) -> tuple[Batch, Any]:
         if not hasattr(own, "model"):
             own.model = task.model if threads <= 1 else replica(task.model)
         if task.draws_in_test:
@@ -136,9 +137,9 @@ def evaluate(
 
     losses: list[Tensor] = []
     rows: list[int] = []
-    for found in each(compute, _until(interrupted, batches), threads=threads):
-        if found is not None:
-            inputs, outputs = found
+    kept = (part for part in map(_valid_rows, _until(interrupted, batches)) if len(part["index"]))
+    for inputs, outputs in each(compute, _in_step(kept) if parallel.is_sharded(task.model) else kept, threads=threads):
+        if not inputs.get(STAND_IN):
             with torch.inference_mode():
                 losses.append(task.score(outputs, inputs).detach())
             rows.append(len(inputs["index"]))
@@ -168,6 +169,24 @@ def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterato
     except (RuntimeError, DataError):
         if not signals.comes_soon(interrupted):
             raise
+
+
+def _in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """This rank's batches, and stand-ins once it has no more: a forward pass of a sharded model needs every rank."""
+    batch = next(batches, None)
+    firsts = distributed.all_gather_object(None if batch is None else _first_row(batch))
+    stand_in = next((first for first in firsts if first is not None), None)
+    while int(distributed.all_reduce_sum(torch.tensor(int(batch is not None)))):
+        assert stand_in is not None
+        yield {**stand_in, STAND_IN: True} if batch is None else batch
+        batch = next(batches, None)
+
+
+def _first_row(batch: Batch) -> Batch:
+    def first(value: Any) -> Any:
+        return value[:1].clone() if isinstance(value, Tensor) and value.ndim else value
+
+    return {name: [first(part) for part in v] if isinstance(v, list) else first(v) for name, v in batch.items()}
 
 
 def _valid_rows(batch: Batch) -> Batch:

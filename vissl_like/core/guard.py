@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vissl_like.core import distributed
+from vissl_like.core import distributed, parallel
 from vissl_like.core.state_format import write_tensors
 from vissl_like.errors import UserError
 
@@ -72,18 +72,26 @@ def save_replay(run_dir: Path, batch: Mapping[str, Any], model: nn.Module, *, in
     folder = run_dir / FOLDER / (f"step_{info['step']}" + (f"_rank_{world.rank}" if world.rank else ""))
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "batch.safetensors", {name: v for name, v in batch.items() if isinstance(v, Tensor)})
-    write_tensors(folder / "model.safetensors", model.state_dict())
+    rows = parallel.is_sharded(model)  # the other processes are not here to give theirs
+    write_tensors(folder / ("model.rows.safetensors" if rows else "model.safetensors"), local_state(model))
     indices = batch["index"].tolist() if "index" in batch else []
     text = json.dumps({**info, "rank": world.rank, "world_size": world.size, "indices": indices}, indent=1)
     (folder / "info.json").write_text(text + "\n")
     return folder
 
 
+def local_state(model: nn.Module) -> dict[str, Tensor]:
+    """What lies in this process of each tensor of the model."""
+    return {name: parallel.local(value) for name, value in model.state_dict().items()}
+
+
 def refuse_bad_weights(model: nn.Module, *, step: int) -> None:
     """Raise UserError if a weight is not finite: such weights are never saved over good ones."""
-    floating = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
+    floating = [(name, value) for name, value in local_state(model).items() if value.is_floating_point()]
     finite = torch.stack([torch.isfinite(value).all() for _, value in floating]).tolist() if floating else []
     bad = [name for (name, _), good in zip(floating, finite) if not good]
+    if parallel.is_sharded(model):
+        bad = list(dict.fromkeys(name for found in distributed.all_gather_object(bad) for name in found))
     if bad:
         raise UserError(
             f"after step {step} {len(bad)} tensors of the model are not finite, the first is {bad[0]!r}. They were not "

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from vissl_like.core import distributed
-from vissl_like.errors import UserError
+from vissl_like.errors import UserError, explained
 
 T = TypeVar("T")
 
@@ -20,7 +20,8 @@ _WORKING, _FINISHED = 0, 1
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """The value of work(), which runs on rank 0 only, on every rank. A UserError that it raises is raised everywhere.
+    """The value of work(), which runs on rank 0 only, on every rank. A UserError that it raises, or that
+    explains what it raises (a full disk), is raised everywhere.
 
     While it runs the ranks exchange a number every few seconds, so it may take longer than a collective operation may.
     `work` itself must not communicate.
@@ -32,8 +33,11 @@ def on_main(work: Callable[[], T]) -> T:
         with _pulse():
             try:
                 outcome = (work(), None)
-            except UserError as problem:
-                outcome = (None, problem)
+            except Exception as problem:
+                known = problem if isinstance(problem, UserError) else explained(problem)
+                if known is None:
+                    raise
+                outcome = (None, known)
     else:
         while int(distributed.all_reduce_sum(torch.tensor(_WORKING))) != _FINISHED:
             pass

@@ -23,6 +23,12 @@ def end_unless_asked(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(number)
 
 
+def is_being_answered() -> None:
+    """Say that this process stops because another one was asked to: the signal that still comes must not end it."""
+    global _was_asked
+    _was_asked = True
+
+
 class StopRequest:
     """Whether a signal has come, and which."""
 

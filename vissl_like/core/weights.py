@@ -40,7 +40,15 @@ from vissl_like.core.weights_plan import (
 from vissl_like.core.weights_rules import BLOCKS, HEADS, KEY, TRUNK, KeyRules, rules_of, state_dict_key
 from vissl_like.errors import WeightsError
 
-__all__ = ["WeightsReport", "fingerprint", "load_initial_weights", "plan_loading", "read_state_dict", "state_shapes"]
+__all__ = [
+    "WeightsReport",
+    "fingerprint",
+    "load_initial_weights",
+    "plan_loading",
+    "read_state_dict",
+    "saved_head_shapes",
+    "state_shapes",
+]
 
 log = logging.getLogger(__name__)
 #: Names per status that the text report prints.
@@ -170,6 +178,19 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
             state[row.model_key].copy_(_fitted(tensors[row.file_key], row, grid=loading.grids.get(row.model_key)))
     rows = plan.rows if tensors is file.tensors else _original_names(plan.rows, tensors, file.tensors)
     return WeightsReport(file.source, rows, plan.trunk, plan.heads, state_dict_path=file.path, notes=tuple(notes))
+
+
+def saved_head_shapes(options: WeightsInit) -> dict[str, Shape]:
+    """Shape of every tensor of the heads that PARAMS_FILE holds, under the model's names; empty where it holds none."""
+    if not options.PARAMS_FILE:
+        return {}
+    unpickle = _unpickle if options.ALLOW_UNSAFE else None
+    file = open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), unpickle=unpickle)
+    rules = rules_of(options, default_append=BLOCKS if file.library else "")
+    if file.is_classy:
+        rules = KeyRules(renames=rules.renames)
+    named = {rules.apply(key): shape for key, shape in state_shapes(file.tensors).items()}
+    return {name: shape for name, shape in named.items() if name.startswith(HEADS)}
 
 
 def _original_names(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from vissl_like.errors import DataError
+from vissl_like.files import replacing
 
 FILE_NAME = "bad_images.txt"
 _HEADER = "# split\tpath\treason"
@@ -33,7 +33,6 @@ def add_to_list(run_dir: Path, *, split: str, bad: Mapping[str, str]) -> Path | 
     listed = dict(line.rsplit("\t", 1) for line in old if line and not line.startswith("#"))
     listed.update({f"{split}\t{path}": reason for path, reason in bad.items()})
     text = "\n".join([_HEADER, *(f"{image}\t{reason}" for image, reason in sorted(listed.items()))]) + "\n"
-    part = file.with_name(f"{FILE_NAME}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(part, file)
+    with replacing(file, shared=True) as stream:
+        stream.write(text.encode("utf-8", "surrogateescape"))
     return file

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vissl_like.data.shard_names import is_url
 from vissl_like.errors import ConfigError, DataError
 
 ENVIRONMENT_VARIABLE = "VISSL_DATASET_CATALOG_PATH"
@@ -79,6 +80,6 @@ def _entry(found: list[str] | str, *, file: Path, name: str) -> CatalogEntry:
     folder = file.resolve().parent
 
     def absolute(path: str) -> str:
-        return str(folder / os.path.expanduser(path)) if path else ""
+        return str(folder / os.path.expanduser(path)) if path and not is_url(path) else path
 
     return CatalogEntry(images=absolute(images), labels=absolute(labels))

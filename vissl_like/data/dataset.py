@@ -17,15 +17,26 @@ from vissl_like.data import catalog
 from vissl_like.data.annotated import refuse_missing_masks
 from vissl_like.data.folder import FilelistSource, folder_classes
 from vissl_like.data.images import ImageDataset
-from vissl_like.data.labels import Labels, join_labels, multi_hot, parse_labels, read_labels, read_siblings, renumber
+from vissl_like.data.labels import (
+    Labels,
+    join_labels,
+    multi_hot,
+    parse_labels,
+    read_labels,
+    read_siblings,
+    refuse_damaged,
+    renumber,
+)
 from vissl_like.data.limit import limited_rows, needs_labels
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import ConcatSource, Source, SourceRequest, SubsetSource
+from vissl_like.data.streams import shard_classes
 from vissl_like.data.views import build_views
 from vissl_like.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 _DISK = ("disk_folder", "disk_filelist")
+_SHARDS = "webdataset"
 SPLITS = ("TRAIN", "VAL", "TEST")
 
 
@@ -136,16 +147,26 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
     name = options.DATASET_NAMES[position] if options.DATASET_NAMES else ""
     path = options.DATA_PATHS[position] if options.DATA_PATHS else ""
     label_files = _label_files(options, split, position)
-    if kind in _DISK and not path:
-        siblings = read_siblings(label_files[0]) if label_files else None
+    if kind in (*_DISK, _SHARDS) and not path:
+        siblings = read_siblings(label_files[0]) if label_files and kind in _DISK else None
+        if siblings is not None:  # the list of images may be what is lost
+            refuse_damaged(siblings, file=label_files[0], key=f"config.DATA.{split}.LABEL_PATHS")
         if siblings is not None and siblings.images is not None:
             return _Opened(_images_of_labels(siblings.images, options, name=name, split=split), label_files)
         entry = catalog.look_up(name, split=split, catalog=data.CATALOG)
         path = entry.images
-        if not label_files and entry.labels and not os.path.isdir(entry.labels) and options.LABEL_TYPE == "standard":
+        if (
+            not label_files
+            and kind in _DISK
+            and entry.labels
+            and not os.path.isdir(entry.labels)
+            and options.LABEL_TYPE == "standard"
+        ):
             label_files = [entry.labels]
     _check_label_source(options, split, position, label_files)
-    request = SourceRequest(options.USE_SPLIT or split, position, name, path, options, data.TRAIN_SPLIT, data.DOWNLOAD)
+    request = SourceRequest(
+        options.USE_SPLIT or split, position, name, path, options, data.TRAIN_SPLIT, data.DOWNLOAD, data.STREAM
+    )
     factory = registry.resolve("data_source", kind, key=f"DATA.{split}.DATA_SOURCES")
     return _Opened(factory.build(request), label_files)
 
@@ -301,7 +322,7 @@ def _class_names_on_disk(data: Data, position: int, kind: str) -> list[str] | No
     if files:
         found = [parse_labels(load_npy(file, key=key), file=file, key=key).class_names for file in files]
         return None if any(names is None for names in found) else [name for names in found for name in names or []]
-    if kind != "disk_folder":
+    if kind not in ("disk_folder", _SHARDS):
         return None
     path = options.DATA_PATHS[position] if options.DATA_PATHS else ""
     if not path and options.DATASET_NAMES:
@@ -309,4 +330,6 @@ def _class_names_on_disk(data: Data, position: int, kind: str) -> list[str] | No
             path = catalog.look_up(options.DATASET_NAMES[position], split="TRAIN", catalog=data.CATALOG).images
         except DataError:
             return None  # only another split is in use; a run that trains stops at this by itself
+    if kind == _SHARDS:
+        return shard_classes(SourceRequest("TRAIN", position, "", path, options, stream=data.STREAM))
     return folder_classes(path) if os.path.isdir(os.path.expanduser(path)) else None

@@ -17,7 +17,8 @@ from vissl_like.data.annotated import annotation
 from vissl_like.data.decode import Encoded, Unreadable
 from vissl_like.data.geometry import Placement
 from vissl_like.data.labels import Labels
-from vissl_like.data.source import Source, encoded_row, fingerprint
+from vissl_like.data.sharding import Sharding
+from vissl_like.data.source import Source, encoded_row, fingerprint, sharding_of
 from vissl_like.data.views import DeviceTransform, TransformFailed, Views
 from vissl_like.errors import DataError
 
@@ -27,7 +28,7 @@ _MAX_REPLACEMENTS = 64
 _ROWS_AT_ONCE = 16
 
 # Looked up when asked for and left behind when the dataset is sent to a worker process.
-_NOT_FOR_WORKERS = ("paths", "stamps", "fingerprint", "loaders", "bad")
+_NOT_FOR_WORKERS = ("paths", "stamps", "fingerprint", "sharding", "loaders", "bad")
 
 
 class Sample(NamedTuple):
@@ -101,6 +102,15 @@ class ImageDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """Hash of the ordered paths and stamps."""
         return fingerprint(self.paths, self.stamps)
+
+    @functools.cached_property
+    def sharding(self) -> Sharding | None:
+        """How the rows lie in shards, or None."""
+        return sharding_of(self.source)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order of the rows in an epoch of training, int64 (N,): a function of seed and epoch."""
+        return rng.permutation(seed, epoch, len(self)) if self.sharding is None else self.sharding.order(seed, epoch)
 
     @property
     def device_transform(self) -> DeviceTransform:

@@ -18,8 +18,11 @@ import numpy as np
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import Source, fingerprint, unicode_array
 from vissl_like.errors import DataError
+from vissl_like.files import damage, record_of, refusals_explained, write_array, write_json
 
 _KIND = "labels"
+#: Ends of the names of files that labels are read from; centroids and distances are for the user.
+_READ = ("labels.npy", "images.npy", "sizes.npy")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,13 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     """The manifest of a label stage; empty where there is none or the file belongs to something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read ({error}), so nothing says whether the labels beside it are whole. Remove it and run the "
+            "stage that writes them again; without it, labels and images are taken as they are."
+        ) from error
     return found if isinstance(found, dict) and found.get("kind") == _KIND else {}
 
 
@@ -88,7 +96,8 @@ def write_label_files(
     int64 (N,) of the dataset let a reader name the image that changed. The manifest comes last and marks completeness.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    with refusals_explained(target):
+        target.mkdir(parents=True, exist_ok=True)
     base = f"{prefix}_" if prefix else ""
     paths = unicode_array(paths)
     label_file = target / f"{base}labels.npy"
@@ -106,32 +115,25 @@ def write_label_files(
     }
     manifest_file = target / f"{base}manifest.json"
     manifest_file.unlink(missing_ok=True)
+    records = {}
     for name, array in arrays.items():
-        _replace_array(target / f"{base}{name}.npy", array)
+        file = target / f"{base}{name}.npy"
+        file.unlink(missing_ok=True)  # also one of an earlier stage that is not written this time
+        if array is not None:
+            write_array(file, array)
+            records[file.name] = record_of(file)
     manifest = {
         "kind": _KIND,
         "root": root,
         "fingerprint": fingerprint,
         "num_clusters": int(num_clusters),
         "rows": len(paths),
+        "files": records,
         **(extra or {}),
         "complete": True,
     }
-    part = manifest_file.with_name(manifest_file.name + ".part")
-    part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, manifest_file)
+    write_json(manifest_file, manifest)
     return label_file
-
-
-def _replace_array(file: Path, array: np.ndarray | None) -> None:
-    """Publish by rename; an array that is not given also takes an older one away."""
-    if array is None:
-        file.unlink(missing_ok=True)
-        return
-    part = file.with_name(file.name + ".part")
-    with part.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-    os.replace(part, file)
 
 
 def _refuse_duplicates(paths: np.ndarray, *, file: str | Path) -> None:
@@ -154,10 +156,11 @@ def read_labels(
     and then its length must be that of the source. An image without a label, a label file with a path twice and images
     that changed since they were labelled are errors.
     """
-    array = load_npy(os.path.expanduser(str(file)), key=key, mmap=mmap)
     siblings = read_siblings(file)
     if siblings.manifest and not siblings.manifest.get("complete"):
         raise DataError(f"{key}={str(file)!r}: the stage that writes these labels has not finished; run it again.")
+    refuse_damaged(siblings, file=file, key=key)
+    array = load_npy(os.path.expanduser(str(file)), key=key, mmap=mmap)
     labels = parse_labels(array, file=file, key=key, num_classes=int(siblings.manifest.get("num_clusters", 0)))
     if siblings.images is None:
         return _by_position(labels, file=file, source=source, alignment=alignment, key=key)
@@ -170,6 +173,18 @@ def read_labels(
     rows = _rows_by_path(listed, root=str(siblings.manifest.get("root", "")), source=source, file=file, key=key)
     _refuse_changed_images(siblings, listed=listed, rows=rows, source=source, file=file, key=key)
     return labels.take(rows)
+
+
+def refuse_damaged(siblings: Siblings, *, file: str | Path, key: str) -> None:
+    """An error if one of the files that belong to these labels is not as the stage left it."""
+    folder = Path(os.path.expanduser(str(file))).parent
+    for name, record in siblings.manifest.get("files", {}).items():
+        problem = damage(folder / name, record) if name.endswith(_READ) else ""
+        if problem:
+            raise DataError(
+                f"{key}={str(file)!r}: {folder / name}: {problem}. Remove this file and run the stage that writes these labels "
+                "again, with the same configuration."
+            )
 
 
 def parse_labels(array: np.ndarray, *, file: str | Path, key: str, num_classes: int = 0) -> Labels:

@@ -40,24 +40,34 @@ def _order(seed: int, n: int) -> np.ndarray:
 
 
 def _balanced(limit: int, *, options: Split, labels: np.ndarray | None, key: str) -> np.ndarray:
-    """The same number of each class: limit // classes, SKIP_NUM_SAMPLES // classes of each left out before."""
+    """The same number of each class; what is left over goes to the first classes, one each, so the limit is met exactly.
+
+    The first n images in the balanced order are n // classes of each class, and one more of the first n % classes:
+    SKIP_NUM_SAMPLES of them are left out and the next `limit` taken.
+    """
     if labels is None or labels.ndim != 1:
         raise DataError(f"{key}.DATA_LIMIT_SAMPLING.IS_BALANCED=true needs one class per image, and there is none.")
-    classes = np.unique(labels[labels >= 0])
-    each, skip = limit // max(1, len(classes)), options.DATA_LIMIT_SAMPLING.SKIP_NUM_SAMPLES // max(1, len(classes))
-    if each == 0:
+    classes, skipped = np.unique(labels[labels >= 0]), options.DATA_LIMIT_SAMPLING.SKIP_NUM_SAMPLES
+    if limit < len(classes) or not len(classes):
         raise DataError(f"{key}.DATA_LIMIT={limit}: less than one image for each of the {len(classes)} classes.")
     order = _order(options.DATA_LIMIT_SAMPLING.SEED, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]  # in drawn order within each class
     starts = np.searchsorted(labels[by_class], classes, side="left")
     ends = np.searchsorted(labels[by_class], classes, side="right")
+    quotas = zip(_quotas(skipped, len(classes)), _quotas(skipped + limit, len(classes)), strict=True)
     chosen = []
-    for number, start, end in zip(classes, starts, ends):
+    for number, start, end, (first, last) in zip(classes, starts, ends, quotas, strict=True):
         of_class = by_class[start:end]
-        if len(of_class) < skip + each:
+        if len(of_class) < last:
             raise DataError(
-                f"{key}.DATA_LIMIT={limit}: takes {each} images of each of {len(classes)} classes ({skip} left out "
-                f"before), but class {int(number)} has {len(of_class)}. Lower it, or set IS_BALANCED=false."
+                f"{key}.DATA_LIMIT={limit}: takes {last - first} images of class {int(number)} ({first} left out before), as "
+                f"IS_BALANCED wants it of {len(classes)} classes, but it has {len(of_class)}. Lower it, or set "
+                "IS_BALANCED=false."
             )
-        chosen.append(of_class[skip : skip + each])
+        chosen.append(of_class[first:last])
     return np.sort(np.concatenate(chosen))
+
+
+def _quotas(total: int, count: int) -> list[int]:
+    """`total` shared out among `count` classes, the first ones getting what is left over."""
+    return [total // count + (number < total % count) for number in range(count)]

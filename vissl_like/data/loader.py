@@ -12,14 +12,15 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vissl_like.core import rng
 from vissl_like.data import order
 from vissl_like.data.images import ImageDataset
+from vissl_like.data.shard_cache import fetch_ahead
+from vissl_like.data.sharding import Hints
 from vissl_like.errors import DataError, UserError
 
 # Imported once by the server that forkserver workers are forked from, instead of once in each worker.
@@ -56,11 +57,11 @@ def train_batches(
             f" of {size} processes (DROP_LAST={str(drop_last).lower()})."
         )
     shape = {"batch_per_rank": batch_per_rank, "accumulate": accumulate, "size": size}
-    rows = rng.permutation(seed, epoch, len(dataset))
+    rows = dataset.order(seed, epoch)
     requests, weights = [], []
     for step in range(first_step, steps):
         for start, stop in order.micro_batches(len(dataset), step=step, rank=rank, **shape):
-            requests.append((epoch, rows[start:stop]))
+            requests.append(_Request(epoch, rows[start:stop]))
             weights.append(order.micro_batch_weight(len(dataset), step=step, rows=stop - start, **shape))
     batches = _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
     for batch, weight in zip(batches, weights):
@@ -82,7 +83,7 @@ def eval_batches(
     Batch k is rows [k*batch, (k+1)*batch) whatever the number of ranks. No weight.
     """
     start, stop = order.eval_range(len(dataset), batch, rank, size)
-    requests = [(0, np.arange(first, min(first + batch, stop))) for first in range(start, stop, batch)]
+    requests = [_Request(0, np.arange(first, min(first + batch, stop))) for first in range(start, stop, batch)]
     yield from _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
 
 
@@ -95,7 +96,7 @@ def row_batches(
     pin_memory: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """One batch for each array of rows, in order; randomness as in epoch 0. No weight."""
-    requests = [(0, np.asarray(of_batch)) for of_batch in rows]
+    requests = [_Request(0, np.asarray(of_batch)) for of_batch in rows]
     yield from _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
 
 
@@ -123,7 +124,12 @@ def close_workers(dataset: ImageDataset) -> None:
 
 
 # -------------------------------------------------------------------------------------------- fetching
-_Request = tuple[int, np.ndarray]  # epoch, rows
+class _Request(NamedTuple):
+    """A batch to read, and which shards to fetch meanwhile."""
+
+    epoch: int
+    rows: np.ndarray
+    hints: Hints = Hints()
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -133,9 +139,11 @@ class _Reader(torch.utils.data.Dataset):
         self._dataset = dataset
 
     def __getitem__(self, request: _Request) -> dict[str, Any]:
-        epoch, rows = request
+        fetch_ahead(request.hints.fetch)
+        for shard in request.hints.release:
+            shard.release()
         try:
-            return _read_batch(self._dataset, epoch, rows)
+            return _read_batch(self._dataset, request.epoch, request.rows)
         except UserError as error:
             return {"error": error}
 
@@ -198,6 +206,9 @@ def _fetch(
     dataset: ImageDataset, requests: list[_Request], *, workers: int, method: str, pin_memory: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of the requests, in order."""
+    if dataset.sharding is not None:
+        hints = dataset.sharding.schedule([request.rows for request in requests])
+        requests = [request._replace(hints=given) for request, given in zip(requests, hints)]
     if workers == 0 or len(requests) == 0:
         reader = _Reader(dataset)
         for request in requests:

@@ -16,14 +16,16 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from vissl_like.data.listing import Listing, digest_of, list_folder
+from vissl_like.data.shard_index import PUBLISHED, publish
 from vissl_like.data.shrink_files import PART, Outcome, Settings, shrink_files, shrink_shard, write_file, writing
 from vissl_like.errors import ConfigError, DataError
 
@@ -34,11 +36,11 @@ _FILES_PER_TASK = 16
 
 
 def _describe_shards(target: Path, listing: Listing) -> None:
-    """Write shards.json: the images in each shard, and the names of the classes."""
+    """Write shards.json: the images in each shard, and the names of the classes; and the list of each shard's samples."""
     counts: dict[str, int] = {}
     for file in sorted(target.glob("shard-*.tar")):
-        with tarfile.open(file) as shard:
-            counts[file.name] = sum(name.endswith(".json") for name in shard.getnames())
+        with writing(str(file) + PUBLISHED):
+            counts[file.name] = len(publish(str(file)))
     shards = [{"file": name, "images": count} for name, count in counts.items()]
     about = {"images": sum(counts.values()), "class_names": listing.class_names, "shards": shards}
     write_file(str(target / SHARDS_FILE), json.dumps(about, indent=1).encode())
@@ -54,9 +56,13 @@ def shrink(
     workers: int = 0,
     format: str = "folder",
     shard_size: int = 1000,
+    is_mixed: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
-    """Make the copy, or the rest of it. `progress`: images done and to do. `workers` 0: in this process."""
+    """Make the copy, or the rest of it. `progress`: images done and to do. `workers` 0: in this process.
+
+    is_mixed: each shard holds a random sample of the images (always the same) instead of neighbours.
+    """
     source, where = (os.path.abspath(os.path.expanduser(folder)) for folder in (source, target))
     _check_folders(source, where)
     listing = list_folder(source)
@@ -66,7 +72,7 @@ def shrink(
     is_sharded = format == "webdataset"
     settings = Settings(source, short_side, quality, format)
     if is_sharded:
-        settings = Settings(source, short_side, quality, format, shard_size, digest_of(listing.paths))
+        settings = Settings(source, short_side, quality, format, shard_size, digest_of(listing.paths), is_mixed)
     folder = Path(where)
     _begin(folder, settings)
     calls = _shard_calls(listing, folder, settings) if is_sharded else _file_calls(listing, where, settings)
@@ -93,10 +99,15 @@ def _file_calls(listing: Listing, target: str, settings: Settings) -> Iterator[_
 
 def _shard_calls(listing: Listing, folder: Path, settings: Settings) -> Iterator[_Call]:
     size, numbers = settings.shard_size, listing.class_numbers
-    for number, start in enumerate(range(0, len(listing.paths), size)):
+    order = np.arange(len(listing.paths))
+    if settings.is_mixed:
+        order = np.random.RandomState(0).permutation(
+            order
+        )  # its streams are frozen: a later start goes on with the same
+    for number, start in enumerate(range(0, len(order), size)):
         rows = [
             (row, listing.paths[row], None if numbers is None else int(numbers[row]))
-            for row in range(start, min(start + size, len(listing.paths)))
+            for row in order[start : start + size].tolist()
         ]
         yield shrink_shard, (settings.source, str(folder / f"shard-{number:06d}.tar"), rows, settings)
 
@@ -154,6 +165,7 @@ def _begin(folder: Path, settings: Settings) -> None:
             then = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
             then = {}
+        then.setdefault("is_mixed", False)  # older folders know nothing else
         now = asdict(settings)
         differing = [
             f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now.items() if then.get(key) != value
@@ -193,7 +205,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vissl-like data",
-        description="shrink SRC DST: a smaller copy of a folder of images. Started again, it goes on where it was.",
+        description="shrink SRC DST: a smaller copy of a folder of images. Started again, it goes on where it was. "
+        "(index SHARDS: see `vissl-like data index --help`.)",
     )
     parser.add_argument("verb", choices=["shrink"], help="what to do")
     parser.add_argument("source", metavar="SRC", help="folder of images, with sub-folders")
@@ -204,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=["folder", "webdataset"], default="folder", help="default folder")
     parser.add_argument(
         "--shard-size", type=_at_least(1), default=1000, metavar="N", help="images per webdataset shard"
+    )
+    parser.add_argument(
+        "--mixed",
+        action="store_true",
+        help="shards hold random images instead of neighbours: for training from a server",
     )
     return parser
 
@@ -241,6 +259,7 @@ def main(argv: Sequence[str]) -> int:
             workers=cores if given.workers < 0 else given.workers,
             format=given.format,
             shard_size=given.shard_size,
+            is_mixed=given.mixed,
             progress=show,
         )
     finally:

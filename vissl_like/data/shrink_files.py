@@ -40,6 +40,7 @@ class Settings:
     format: str = "folder"
     shard_size: int = 0
     images: str = ""
+    is_mixed: bool = False
 
 
 @dataclass

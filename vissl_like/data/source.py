@@ -10,17 +10,17 @@ import array
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from vissl_like.config.schema_data import Split, Stream, TrainSplit
+from vissl_like.data.sharding import Sharding
 from vissl_like.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from vissl_like.config.schema_data import Split, TrainSplit
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class SourceRequest:
     name: str
     path: str
     options: Split
-    train_split: TrainSplit
+    train_split: TrainSplit = field(default_factory=TrainSplit)
     download: bool = False
+    stream: Stream = field(default_factory=Stream)
 
     def key(self, option: str) -> str:
         """The dotted key of an option of this split, for messages."""
@@ -47,7 +48,8 @@ class Source(Protocol):
     """Images in a fixed order. A class in the registry also has `build(request: SourceRequest) -> Source`.
 
     A source of files may have `read(row) -> bytes | None` too: the encoded image, from which pixels are made faster
-    than by `load`. It raises decode.Unreadable like that.
+    than by `load`. It raises decode.Unreadable like that. A source of shards has `sharding` too (sharding.py): how its
+    rows lie in them, None where they do not.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Source(Protocol):
         """Identity of one row."""
 
     def file(self, row: int) -> str | None:
-        """Absolute file of one row, or None where there is none."""
+        """Absolute file of one row (of a row in a shard: shard/member), or None where there is none."""
 
     def stamps(self) -> np.ndarray:
         """int64 (N,): changes when the image changes. File size in bytes (-1: no such file), or a checksum."""
@@ -82,6 +84,12 @@ def encoded_row(source: Source, row: int) -> bytes | None:
     """The encoded image of a row, or None where the source has decoded images only."""
     read = getattr(source, "read", None)
     return None if read is None else read(row)
+
+
+def sharding_of(source: Source) -> Sharding | None:
+    """How the rows of a source lie in shards, or None."""
+    found: Sharding | None = getattr(source, "sharding", None)
+    return found
 
 
 class PathTable:
@@ -215,6 +223,10 @@ class ConcatSource:
     def stamps(self) -> np.ndarray:
         return np.concatenate([part.stamps() for part in self.parts])
 
+    @property
+    def sharding(self) -> Sharding | None:
+        return Sharding.join([sharding_of(part) or len(part) for part in self.parts])
+
 
 def _renumbered(part: Source, class_names: list[str] | None) -> np.ndarray:
     assert part.labels is not None
@@ -258,3 +270,8 @@ class SubsetSource:
 
     def stamps(self) -> np.ndarray:
         return self.whole.stamps()[self.rows]
+
+    @property
+    def sharding(self) -> Sharding | None:
+        whole = sharding_of(self.whole)
+        return None if whole is None else whole.take(self.rows)

@@ -35,6 +35,12 @@ def _shrink(words: list[str]) -> int:
     return shrink(words)
 
 
+def _index(words: list[str]) -> int:
+    from vissl_like.data.publish import main as index
+
+    return index(words[1:])
+
+
 def _siim_acr(words: list[str]) -> int:
     parser = _Parser(prog="vissl-like data siim_acr", description=_WORDS["siim_acr"])
     parser.add_argument("source", metavar="SRC", help="the download: train-rle.csv, dicom-images-train/")
@@ -69,11 +75,13 @@ def _toy(words: list[str], *, which: str) -> int:
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "shrink": _shrink,
+    "index": _index,
     "siim_acr": _siim_acr,
     "toybirds": partial(_toy, which="toybirds"),
     "toy_waterbirds": partial(_toy, which="toy_waterbirds"),
 }
 _WORDS = {
+    "index": "SHARDS: lists of what tar shards hold, for those who fetch them",
     "shrink": "SRC DST: a smaller copy of a folder of images, or shards of them",
     "siim_acr": "SRC TUBES DST: the SIIM-ACR download in the layout of the data source siim_acr",
     "toybirds": "DST: drawn birds with parts, in the files of CUB-200-2011",

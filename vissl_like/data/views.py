@@ -25,7 +25,7 @@ from vissl_like.data.geometry import FusedGeometry, find_fused
 from vissl_like.data.masks import ObjectMask, joint, mask_problems
 from vissl_like.data.transforms import OWN_TRANSFORMS, image_to_uint8, interpolation_mode
 from vissl_like.errors import ConfigError
-from vissl_like.registry import suggest
+from vissl_like.registry import quick_imports, suggest
 
 # Classes of torchvision.transforms.v2 that make no sense for one image in a list of names, and why.
 _NOT_OFFERED = {
@@ -381,7 +381,8 @@ def _kind_after(name: str, entry: dict[str, Any], kind: str | None) -> str | Non
 
 @functools.lru_cache(maxsize=1)
 def _torchvision_transforms() -> dict[str, Any]:
-    from torchvision.transforms import v2
+    with quick_imports():
+        from torchvision.transforms import v2
 
     found = {name: getattr(v2, name) for name in dir(v2) if name not in _NOT_OFFERED}
     return {name: thing for name, thing in found.items() if isinstance(thing, type) and issubclass(thing, v2.Transform)}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vissl_like.analysis.blocks import ALONE, Shard
 from vissl_like.analysis.cluster_metrics import agreement
 from vissl_like.analysis.cluster_report import write_report_data
 from vissl_like.analysis.features import FeatureStore
-from vissl_like.analysis.kmeans import KMeansResult, Shard, assign, block_rows, kmeans, pick_backend
+from vissl_like.analysis.kmeans import KMeansResult, kmeans, pick_backend
+from vissl_like.analysis.nearest import assign_blocks
+from vissl_like.analysis.npy_file import NpyFile
 from vissl_like.analysis.pca import fit_pca, fit_standardiser
-from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise, share
+from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
@@ -34,9 +38,16 @@ log = logging.getLogger(__name__)
 Step = Callable[[np.ndarray], np.ndarray]
 
 
+#: First row, labels (b,) int64, squared distances (b,) float32.
+LabelledRows = tuple[int, np.ndarray, np.ndarray]
+
+# Rows whose labels a process hands over at a time; more than a block has.
+_ROUND_ROWS = 1 << 16
+
+
 @dataclass(frozen=True)
 class Assigned:
-    """The clusters of one split: labels (n,) int64, squared distances (n,) float32."""
+    """The clusters of one split, mapped from files: labels (n,) int64, squared distances (n,) float32."""
 
     split: str
     store: FeatureStore
@@ -58,7 +69,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     config, options = job.config, job.config.CLUSTERFIT
     rng.set_determinism(config.MACHINE.DETERMINISTIC)
     output = output_folder(config, run_dir)
-    pick_backend(options.CLUSTER_BACKEND, device=distributed.current().device)  # before hours of extraction
+    pick_backend(options.CLUSTER_BACKEND)  # before hours of extraction
     results, folder = {}, _read_from(config, run_dir)
     if options.FEATURES.EXTRACT:
         results = extract_splits(
@@ -70,17 +81,19 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     steps = on_main(lambda: fit_steps(config, stores[main_split]))
     rows = {split: prepared(store, steps) for split, store in stores.items()}
     found = cluster(config, rows[main_split], what=f"features of {main_split}")
-    assigned = [assign_split(config, store, rows[split], found) for split, store in stores.items()]
-    if distributed.is_main():
-        for one in assigned:
-            write_labels(config, one, found, output=output, is_main_split=one.split == main_split)
-        (output / "kmeans.json").write_text(json.dumps(description(config, found, assigned[0]), indent=1) + "\n")
-        write_report_data(
-            output / "report.npz", assigned[0].store, assigned[0].labels, k=options.NUM_CLUSTERS,
-            dataset=images, rows=rows[main_split], seed=_seed(config),
-        )  # fmt: skip
-        _log_clusters(found, assigned[0])
-    return results | _results(config, found, assigned)
+    files = {split: assign_split(rows[split], found, output=output, split=split, config=config) for split in stores}
+
+    def publish() -> dict[str, Any]:
+        assigned = [
+            Assigned(split, store, *(np.load(file, mmap_mode="r", allow_pickle=False) for file in files[split]))
+            for split, store in stores.items()
+        ]
+        write_outputs(config, assigned, found, output=output, images=images, rows=rows[main_split])
+        for file in chain.from_iterable(files.values()):
+            file.unlink()
+        return _results(config, found, assigned)
+
+    return results | on_main(publish)
 
 
 def output_folder(config: Config, run_dir: Path) -> Path:
@@ -204,9 +217,9 @@ def _seed(config: Config) -> int:
 
 
 def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
-    """K-means: faiss on the main rank, or torch with the rows shared by all ranks. The result is the same either way."""
+    """K-means: torch with the rows shared by all ranks, or faiss on the main rank. The same on every rank."""
     options, world = config.CLUSTERFIT, distributed.current()
-    backend = pick_backend(options.CLUSTER_BACKEND, device=world.device)
+    backend = pick_backend(options.CLUSTER_BACKEND)
     limit, order_seed = options.DATA_LIMIT, options.DATA_LIMIT_SAMPLING.SEED
     if 0 <= limit < len(rows):
         rows = SelectedRows(rows, np.sort(rng.permutation(order_seed, 0, len(rows))[:limit]))
@@ -219,33 +232,87 @@ def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
             seed=_seed(config),
             redo=options.NUM_REDO,
             spherical=options.SPHERICAL,
+            init=options.INIT,
+            precision=options.PRECISION,
             backend=backend,
             max_points_per_centroid=options.MAX_POINTS_PER_CENTROID,
             device=world.device,
             threads=threads,
             shard=shard,
+            cache_bytes=options.CACHE_MB << 20,
             what=what,
         )
 
     if backend == "faiss":
-        return on_main(lambda: fit(config.MACHINE.NUM_THREADS or usable_cores(), Shard()))
+        if world.size > 1 and distributed.is_main():
+            log.info(
+                "CLUSTER_BACKEND=faiss runs in one process; the %d others wait. torch shares the work.", world.size - 1
+            )
+        return on_main(lambda: fit(config.MACHINE.NUM_THREADS or usable_cores(), ALONE))
     return fit(loading_of(config).threads, Shard(world.rank, world.size, distributed.all_reduce_sum))
 
 
-def assign_split(config: Config, store: FeatureStore, rows: Rows, found: KMeansResult) -> Assigned:
-    """The nearest centroid of every row; each rank takes whole blocks."""
-    world, size = distributed.current(), block_rows(len(found.centroids))
-    first, last = share(-(-len(rows) // size), rank=world.rank, size=world.size)
-    part = (first * size, min(last * size, len(rows)))
-    threads = loading_of(config).threads
-    gathered = distributed.all_gather_object(
-        assign(rows, found.centroids, part=part, device=world.device, threads=threads)
+def assign_split(rows: Rows, found: KMeansResult, *, output: Path, split: str, config: Config) -> tuple[Path, Path]:
+    """The nearest centroid of every row, by all ranks; the main one writes labels and distances, in two files, as they come."""
+    world = distributed.current()
+    files = (output / f"{split}_labels.npy.part", output / f"{split}_distances.npy.part")
+    targets: list[NpyFile] = []
+    if world.rank == 0:
+        kinds: tuple[np.dtype[Any], ...] = (np.dtype(np.int64), np.dtype(np.float32))
+        targets = [NpyFile.create(file, (len(rows),), kind) for file, kind in zip(files, kinds, strict=True)]
+    shard = Shard(world.rank, world.size)
+    mine = assign_blocks(
+        rows,
+        found.centroids,
+        shard=shard,
+        device=world.device,
+        threads=loading_of(config).threads,
+        what=f"features of {split}",
     )
-    labels, distances = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
-    return Assigned(store.manifest["split"], store, labels, distances)
+    for parts in _rounds(mine):
+        for start, *arrays in parts:
+            for target, array in zip(targets, arrays, strict=False):
+                target.write(start, array)
+    return files
+
+
+def _rounds(blocks: Iterator[LabelledRows]) -> Iterator[list[LabelledRows]]:
+    """The consecutive blocks of each rank, joined to some thousands of rows of each at a time, until all are through."""
+    labels, distances = np.empty(_ROUND_ROWS, dtype=np.int64), np.empty(_ROUND_ROWS, dtype=np.float32)
+    block = next(blocks, None)
+    while True:
+        first, count = block[0] if block else 0, 0
+        while block and count + len(block[1]) <= _ROUND_ROWS:
+            rows = slice(count, count + len(block[1]))
+            labels[rows], distances[rows] = block[1:]
+            count, block = rows.stop, next(blocks, None)
+        parts = distributed.all_gather_object((first, labels[:count], distances[:count]))
+        if not any(len(part[1]) for part in parts):
+            return
+        yield parts
 
 
 # --------------------------------------------------------------------------------------------------------------- output
+def write_outputs(
+    config: Config,
+    assigned: list[Assigned],
+    found: KMeansResult,
+    *,
+    output: Path,
+    images: ImageDataset | None,
+    rows: Rows,
+) -> None:
+    """Label files of each split, kmeans.json and report.npz; the clustered split comes first. On the main rank."""
+    for number, one in enumerate(assigned):
+        write_labels(config, one, found, output=output, is_main_split=number == 0)
+    (output / "kmeans.json").write_text(json.dumps(description(config, found, assigned[0]), indent=1) + "\n")
+    write_report_data(
+        output / "report.npz", assigned[0].store, assigned[0].labels, k=config.CLUSTERFIT.NUM_CLUSTERS,
+        dataset=images, rows=rows, seed=_seed(config),
+    )  # fmt: skip
+    _log_clusters(found, assigned[0])
+
+
 def write_labels(config: Config, one: Assigned, found: KMeansResult, *, output: Path, is_main_split: bool) -> None:
     """The label files of one split, and for the clustered one also labels.npy, images.npy and manifest.json."""
     store, options = one.store, config.CLUSTERFIT
@@ -287,6 +354,7 @@ def description(config: Config, found: KMeansResult, main: Assigned) -> dict[str
         "rows_trained_on": found.num_points,
         "seed": _seed(config),
         "num_redo": options.NUM_REDO,
+        "init": options.INIT,
         "spherical": options.SPHERICAL,
         "normalize": options.NORMALIZE,
         "standardize": options.FEATURES.STANDARDIZE,

@@ -17,14 +17,16 @@ from vissl_like.analysis.feature_formats import check_formats, write_formats, wr
 from vissl_like.analysis.features import FeatureStore
 from vissl_like.config.plan import make_plan
 from vissl_like.config.schema import Config, Job
+from vissl_like.config.schema_model import Model
 from vissl_like.core import distributed, rng
 from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
-from vissl_like.core.weights import WeightsReport, fingerprint, load_initial_weights
+from vissl_like.core.weights import WeightsReport, fingerprint, load_initial_weights, saved_head_shapes
 from vissl_like.data.dataset import SPLITS, build_dataset, is_used
 from vissl_like.data.images import ImageDataset, Sample
 from vissl_like.data.loader import close_workers
 from vissl_like.errors import ConfigError
+from vissl_like.models.heads import has_open_sizes, resolve_from_state
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.models.zoo import build_model, stores_heads
 from vissl_like.outputs import console
@@ -220,14 +222,17 @@ def loading_of(config: Config) -> Loading:
 def load_model(config: Config, dataset: ImageDataset, run_dir: Path, *, with_heads: bool | None = None) -> Loaded:
     """The model with its initial weights; its heads only where their outputs are wanted (`with_heads` None: as configured).
 
-    Without weights it is random, the same on every rank, and the log says so loudly.
+    Sizes of heads that are `auto` are those of the heads in the weights file, else they follow from the data. Without
+    weights it is random, the same on every rank, and the log says so loudly.
     """
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     if with_heads is None:
         with_heads = stores_heads(settings)
     rng.seed_model(config.SEED_VALUE)
     size = tuple(dataset[0]["data"].shape[-2:])
-    model = build_model(config.MODEL, num_classes=dataset.num_classes, image_size=size, with_heads=with_heads)
+    section, is_resolved = with_saved_heads(config.MODEL) if with_heads else (config.MODEL, False)
+    num_classes = None if is_resolved else dataset.num_classes
+    model = build_model(section, num_classes=num_classes, image_size=size, with_heads=with_heads)
     report = load_initial_weights(model, config.MODEL.WEIGHTS_INIT, feature_eval=settings)
     if distributed.is_main():
         log.info("%s", report.table())
@@ -238,6 +243,15 @@ def load_model(config: Config, dataset: ImageDataset, run_dir: Path, *, with_hea
             )
     layout = torch.channels_last if config.MACHINE.CHANNELS_LAST else torch.preserve_format
     return Loaded(model.to(distributed.current().device, memory_format=layout).eval(), report)
+
+
+def with_saved_heads(model: Model) -> tuple[Model, bool]:
+    """The section with every `auto` of its heads read off the heads in PARAMS_FILE; and whether that settled all of them."""
+    if not has_open_sizes(model.HEAD.PARAMS):
+        return model, False
+    params = resolve_from_state(model.HEAD.PARAMS, saved_head_shapes(model.WEIGHTS_INIT))
+    resolved = model.model_copy(update={"HEAD": model.HEAD.model_copy(update={"PARAMS": params})})
+    return resolved, not has_open_sizes(params)
 
 
 def identity_of(config: Config, model: VisionModel) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vissl_like.analysis.extraction import Loading, outputs
-from vissl_like.analysis.meters import MeterGroup, build_meters
+from vissl_like.analysis.meters import MeterGroup, build_meters, ignored_target
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.data.images import ImageDataset
@@ -27,6 +27,7 @@ from vissl_like.engines.extract_features import (
     warn_random_views,
 )
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_array
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def predict_split(
     is_multi_label = dataset.labels is not None and dataset.labels.ndim == 2
     for read, logits in _outputs_of(config, model, dataset, loading=loading):
         if meters is None:
-            meters = build_meters(config.METERS, num_heads=len(logits))
+            meters = meters_of(config, num_heads=len(logits))
+            _warn_of_other_classes(dataset, logits)
         label, valid = read["label"], read["valid"]
         if dataset.num_classes is not None:
             meters.update([torch.from_numpy(value) for value in logits.values()], label, valid=valid)
@@ -89,7 +91,22 @@ def predict_split(
     _write(parts, dataset, run_dir / "predictions" / dataset.split, num_heads=heads)
     if dataset.num_classes is None:
         return {}
-    return (meters or build_meters(config.METERS, num_heads=heads)).flatten(dataset.split.lower())
+    return (meters or meters_of(config, num_heads=heads)).flatten(dataset.split.lower())
+
+
+def meters_of(config: Config, *, num_heads: int) -> MeterGroup:
+    """The meters of METERS.NAMES, which leave out what the loss leaves out."""
+    return build_meters(config.METERS, num_heads=num_heads, ignore_index=ignored_target(config.LOSS))
+
+
+def _warn_of_other_classes(dataset: ImageDataset, logits: Mapping[str, np.ndarray]) -> None:
+    """Say so if the outputs cannot be the classes of the labels: a student of clusters, on images with classes."""
+    outputs = {value.shape[1] for value in logits.values()}
+    if dataset.num_classes is not None and outputs != {dataset.num_classes} and distributed.is_main():
+        log.warning(
+            "config.DATA.%s has labels of %d classes, the heads have %s outputs: metrics compare the one with the other.",
+            dataset.split, dataset.num_classes, " and ".join(map(str, sorted(outputs))),
+        )  # fmt: skip
 
 
 def _outputs_of(
@@ -151,7 +168,7 @@ def _write(parts: dict[str, list[np.ndarray]], dataset: ImageDataset, folder: Pa
         place = name.split("/")[-1] if num_heads == 1 else name
         file = folder / f"{place}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.concatenate(gathered), allow_pickle=False)
+        write_array(file, np.concatenate(gathered))
     if distributed.is_main():
-        np.save(folder / "images.npy", dataset.paths, allow_pickle=False)
+        write_array(folder / "images.npy", dataset.paths)
         log.info("predictions of %d images in %s", len(dataset), folder)

@@ -5,7 +5,6 @@ Runs in the launching process: every stage is a launch of its own, with its own 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 from vissl_like.config.check import compose_stage
 from vissl_like.config.schema import Job, Table
 from vissl_like.config.stages import StageJob, stage_jobs
-from vissl_like.launch import folder
+from vissl_like.files import write_json
+from vissl_like.launch import folder, outputs
+from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.local import LaunchInfo, launch
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,17 @@ _RESULT = re.compile(r"\{(\w+):(\w+)\}")
 def run(job: Job, run_dir: Path) -> dict[str, Any]:
     """Run all stages below `run_dir`. Returns {"<stage>/<key>": value} of every stage's results."""
     stages = stage_jobs(job, run_dir, compose_stage)
+    writes = is_writer(job.config.DISTRIBUTED)
     results: dict[str, dict[str, Any]] = {}
     for number, stage in enumerate(stages, 1):
         logger.info("stage %d of %d: %s", number, len(stages), stage.name)
-        results[stage.name] = _run_stage(stage, run_dir, overwrite=job.config.RUN.OVERWRITE)
+        if writes:
+            results[stage.name] = _run_stage(stage, run_dir, overwrite=job.config.RUN.OVERWRITE)
+        else:  # the first machine knows whether the stage has to start again
+            results[stage.name] = launch(stage.job, stage.run_dir, LaunchInfo(recipe=stage.recipe))
     table = summary(job.config.PIPELINE.TABLE, results)
-    if table["rows"]:
-        (run_dir / "table.json").write_text(json.dumps(table, indent=1))
+    if table["rows"] and writes:
+        write_json(run_dir / "table.json", table)
         print(format_table(table), flush=True)
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
 
@@ -56,9 +61,8 @@ def _run_stage(stage: StageJob, run_dir: Path, *, overwrite: bool) -> dict[str, 
 
 
 def _identity(run_dir: Path) -> str:
-    """What a finished stage is known by: its manifest says which configuration and when."""
-    manifest = folder.read_json(run_dir / folder.MANIFEST_FILE)
-    return f"{manifest['config_hash']}@{manifest['finished']}"
+    """What a finished stage is known by: its manifest says which configuration, and what came out."""
+    return outputs.identity(folder.read_json(run_dir / folder.MANIFEST_FILE))
 
 
 def summary(table: Table, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

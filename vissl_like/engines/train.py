@@ -16,20 +16,20 @@ from typing import Any
 import torch
 
 from vissl_like.analysis.extraction import Loading
-from vissl_like.analysis.meters import MeterGroup, build_meters
+from vissl_like.analysis.meters import MeterGroup, build_meters, ignored_target
 from vissl_like.config.plan import Plan, make_plan, write_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_model import Meters
 from vissl_like.core import checkpoint, distributed, parallel, rng
 from vissl_like.core.evaluation import Arithmetic, evaluate
-from vissl_like.core.loop import Feed, Options, Training
+from vissl_like.core.loop import TESTS, Feed, Options, Training
 from vissl_like.core.on_main import on_main
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import close_workers, eval_batches, train_batches
 from vissl_like.engines.part_setup import make_groups, start_prototypes, test_facts
-from vissl_like.errors import ConfigError
+from vissl_like.errors import ConfigError, WeightsError
 from vissl_like.models.ema import Ema
 from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
@@ -107,7 +107,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         if splits.train is None:
             if saved is not None:
                 saved.load_into(model)
-            return test_only(job, model, splits, plan, run_dir)
+            return test_only(job, model, splits, plan, run_dir, averages=saved_averages(config, saved))
         return train(job, model, splits, plan, run_dir, saved)
     finally:
         splits.close()
@@ -138,7 +138,8 @@ def make_model(config: Config, splits: Splits) -> VisionModel:
     if config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN:
         model = parallel.synchronise_norms(model, group_size=config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE)
     layout = torch.channels_last if config.MACHINE.CHANNELS_LAST else torch.preserve_format
-    return model.to(distributed.current().device, memory_format=layout)
+    device = torch.device("cpu") if parallel.is_to_be_sharded(config) else distributed.current().device
+    return model.to(device, memory_format=layout)
 
 
 def sample_input(dataset: ImageDataset) -> torch.Tensor:
@@ -230,6 +231,7 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
+    parallel.arrange(model, config, inner=model.read_modules())
     optimization = optimization.model_copy(update={"WEIGHT_DECAY": plan.weight_decay})
     groups = make_groups(model, optimization)
     if distributed.is_main():
@@ -268,18 +270,50 @@ def train(
         record.close()
 
 
-def test_only(job: Job, model: VisionModel, splits: Splits, plan: Plan, run_dir: Path) -> dict[str, Any]:
-    """One test of the weights as they are."""
+def saved_averages(config: Config, saved: checkpoint.Saved | None) -> dict[str, torch.Tensor] | None:
+    """The averaged weights beside those that are tested, if MODEL.EMA is enabled and there are any."""
+    path = Path(config.MODEL.WEIGHTS_INIT.PARAMS_FILE).expanduser()
+    if not config.MODEL.EMA.ENABLED or (saved is None and not path.is_dir()):
+        return None
+    try:
+        return saved.ema_state() if saved is not None else checkpoint.load_model_state(path, averaged=True)
+    except WeightsError as error:
+        log.warning("the average of the weights is not tested: %s", error)
+        return None
+
+
+def test_only(
+    job: Job,
+    model: VisionModel,
+    splits: Splits,
+    plan: Plan,
+    run_dir: Path,
+    *,
+    averages: dict[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """One test of the weights as they are, and one of their `averages`."""
     assert splits.test is not None
-    config = job.config
-    found = evaluate(
-        make_task(config, model, splits),
-        test_feed(config, splits.test, plan)(),
-        to_input=splits.test.device_transform,
-        arithmetic=arithmetic(config, plan),
-        seed=config.SEED_VALUE,
-    )
-    assert found is not None
+    config, task = job.config, make_task(job.config, model, splits)
+
+    def measure(prefix: str) -> dict[str, Any]:
+        assert splits.test is not None
+        found = evaluate(
+            task,
+            test_feed(config, splits.test, plan)(),
+            to_input=splits.test.device_transform,
+            arithmetic=arithmetic(config, plan),
+            seed=config.SEED_VALUE,
+            prefix=prefix,
+        )
+        assert found is not None
+        return found
+
+    found = measure(TESTS[0])
+    if averages is not None:
+        ema = Ema(model, options=config.MODEL.EMA, total_steps=0)
+        ema.load_state_dict(averages)
+        with ema.in_place():
+            found |= measure(TESTS[1])
     splits.test.write_bad_images()
     record = open_record(job, run_dir, total_steps=0, first_step=1)
     record.metrics({"kind": "test", "step": 0, "epoch": 0, **found})
@@ -300,7 +334,13 @@ def make_task(config: Config, model: VisionModel, splits: Splits) -> torch.nn.Mo
         return make.build(model, task_request(config, splits))
     num_outputs = count_outputs(model)
     meters = named_meters(config.METERS, model, num_outputs=num_outputs)
-    build = partial(build_meters, meters, num_heads=num_outputs)
+    build = partial(
+        build_meters,
+        meters,
+        num_heads=num_outputs,
+        ignore_index=ignored_target(config.LOSS),
+        widths=model.output_widths(tuple(sample_input(splits.any).shape[-2:])),
+    )
     train_meters: MeterGroup | None = build() if config.METERS.ENABLE_TRAINING_METER else None
     return make(
         model, loss=config.LOSS, train_meters=train_meters, test_meters=build(), largest_label=largest_label(splits)
@@ -449,7 +489,9 @@ def loop_options(config: Config, plan: Plan) -> Options:
         save_every_epochs=config.CHECKPOINT.EVERY_EPOCHS,
         save_every_steps=config.CHECKPOINT.EVERY_STEPS,
         keep=config.CHECKPOINT.KEEP,
+        save_async=config.CHECKPOINT.ASYNC,
         best_metric=config.CHECKPOINT.BEST_METRIC,
+        profile=config.PROFILE,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,13 @@ import yaml
 
 from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, table
-from vissl_like.config.rules import used_splits
 from vissl_like.config.saved import plain
 from vissl_like.config.schema import Config, Job, defaults
-from vissl_like.config.stages import changed, stage_jobs
+from vissl_like.config.stages import changed
 from vissl_like.errors import ConfigError
-from vissl_like.launch import folder
-from vissl_like.launch.inputs import check_inputs
+from vissl_like.launch import folder, slurm
+from vissl_like.launch.dry_run_stages import stage_lines
+from vissl_like.launch.inputs import MODEL_ENGINES, check_inputs, check_transforms, splits_to_open
 from vissl_like.launch.local import plan_for
 from vissl_like.launch.machine import processes_for
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 #: Bytes of optimizer state per trained parameter (fp32).
 _OPTIMIZER_BYTES = {"sgd": 4, "lars": 4, "rmsprop": 8, "adam": 8, "adamw": 8}
-_MODEL_ENGINES = ("train", "extract_features", "extract_label_predictions", "evaluate", "cluster_features")
 
 
 def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
@@ -35,8 +33,10 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     load_plugins(job.config.PLUGINS)
     job = folder.with_run_dir(job, run_dir)
     files = check_inputs(job)
-    processes = processes_for(job.config)
-    sets = {split: _open(job, split) for split in _splits_to_open(job)}
+    check_transforms(job)
+    is_batch_job = slurm.is_wanted(job.config)
+    processes = slurm.requested(job.config) if is_batch_job else processes_for(job.config)
+    sets = {split: open_split(job, split) for split in splits_to_open(job)}
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)
     parts = [
@@ -48,25 +48,20 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
         ("Inferred values", [*table(plan).splitlines(), *(f"warning: {text}" for text in plan.warnings)]),
         ("Files", [f"found {path}" for path in files] or ["none are named in the configuration"]),
     ]
+    if is_batch_job:
+        parts.append(("Batch job", slurm.batch_text(job, run_dir).splitlines()))
     if job.engine_name == "pipeline":
-        parts.append(("Stages", list(_stages(job, run_dir))))
+        parts.append(("Stages", list(stage_lines(job, run_dir))))
     if sets:
-        parts.append(("Data", [_describe_split(split, dataset) for split, dataset in sets.items()]))
-    if sets and job.engine_name in _MODEL_ENGINES:
-        parts += _model_parts(job, plan, sets)
+        parts.append(("Data", [describe_split(split, dataset) for split, dataset in sets.items()]))
+    if sets and job.engine_name in MODEL_ENGINES:
+        parts += model_parts(job, plan, sets)
     text = "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in parts)
     return f"{text}\n\nDry run: nothing was started, nothing was written."
 
 
-def _splits_to_open(job: Job) -> list[str]:
-    config = job.config
-    reads_features = (job.engine_name == "evaluate" and config.EVALUATE.FEATURES_PATH) or (
-        job.engine_name == "cluster_features" and not config.CLUSTERFIT.FEATURES.EXTRACT
-    )
-    return [] if reads_features or job.engine_name not in _MODEL_ENGINES else used_splits(job)
-
-
-def _open(job: Job, split: str) -> ImageDataset:
+def open_split(job: Job, split: str) -> ImageDataset:
+    """The data set of a split, as the job would have it."""
     from vissl_like.data.dataset import build_dataset
 
     config = job.config
@@ -97,23 +92,23 @@ def _configuration(job: Job) -> list[str]:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).splitlines()
 
 
-def _stages(job: Job, run_dir: Path) -> Iterator[str]:
-    from vissl_like.config.check import compose_stage
-
-    for stage in stage_jobs(job, run_dir, compose_stage):
-        done = "finished" if folder.read_json(stage.run_dir / folder.MANIFEST_FILE).get("complete") else "to do"
-        after = f", after {', '.join(stage.needs)}" if stage.needs else ""
-        yield f"{stage.name}: {stage.job.engine_name} of {stage.recipe or 'this page'}{after} ({done})"
-
-
-def _describe_split(split: str, dataset: ImageDataset) -> str:
+def describe_split(split: str, dataset: ImageDataset, *, labels_from: str = "", num_classes: int = 0) -> str:
+    """A line about the images of a split; `labels_from`: files that are not there yet, with so many classes (0: unknown)."""
     shape = "x".join(map(str, dataset[0]["data"].shape))
     classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
+    if labels_from:
+        classes = f"{num_classes or 'unknown'} classes from {labels_from}"
     return f"{split}: {len(dataset)} images, {classes}, tensors {shape}, {dataset.name}"
 
 
 # --------------------------------------------------------------------------------------------------------------- model
-def _model_parts(job: Job, plan: Plan, sets: dict[str, ImageDataset]) -> list[tuple[str, list[str]]]:
+def model_parts(
+    job: Job, plan: Plan, sets: dict[str, ImageDataset], *, num_classes: int = 0, has_weights: bool = True
+) -> list[tuple[str, list[str]]]:
+    """What can be said about the model for these images. Raises the same errors as a start would.
+
+    num_classes: where the labels are not there yet; without `has_weights` it is the weights that are not there yet.
+    """
     from vissl_like.core.weights import load_initial_weights
     from vissl_like.models.zoo import build_on_meta, stores_heads
 
@@ -121,14 +116,21 @@ def _model_parts(job: Job, plan: Plan, sets: dict[str, ImageDataset]) -> list[tu
     predicts = is_training or job.engine_name == "extract_label_predictions"
     with_heads = predicts or stores_heads(config.MODEL.FEATURE_EVAL_SETTINGS)
     shape = tuple(next(iter(sets.values()))[0]["data"].shape)
-    classes = max((dataset.num_classes or 0 for dataset in sets.values()), default=0)
-    model = build_on_meta(config.MODEL, num_classes=classes or None, image_size=shape[-2:], with_heads=with_heads)
-    weights = config.MODEL.WEIGHTS_INIT
-    if weights.PARAMS_FILE.startswith(("http://", "https://", "hf:", "timm:", "torchvision:")):
-        loaded = [f"{weights.PARAMS_FILE} is fetched and checked when the run starts"]
-    else:
+    classes = num_classes or max((dataset.num_classes or 0 for dataset in sets.values()), default=0)
+    section, weights = config.MODEL, config.MODEL.WEIGHTS_INIT
+    is_fetched = weights.PARAMS_FILE.startswith(("http://", "https://", "hf:", "timm:", "torchvision:"))
+    is_known = has_weights and not is_fetched
+    if with_heads and not is_training and is_known:
+        from vissl_like.engines.extract_features import with_saved_heads
+
+        section, is_resolved = with_saved_heads(section)
+        classes = 0 if is_resolved else classes
+    model = build_on_meta(section, num_classes=classes or None, image_size=shape[-2:], with_heads=with_heads)
+    if is_known:
         report = load_initial_weights(model, weights, feature_eval=config.MODEL.FEATURE_EVAL_SETTINGS)
         loaded = report.table().splitlines()
+    else:
+        loaded = [f"weights {weights.PARAMS_FILE}: {'fetched and ' if is_fetched else ''}checked when the run starts"]
     return [
         ("Weights", loaded),
         ("Model (built without memory)", _parameters(config, model)),

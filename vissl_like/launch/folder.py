@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import shutil
@@ -17,13 +18,17 @@ from vissl_like import __version__
 from vissl_like.config.plan import Plan, write_plan
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
-from vissl_like.errors import ConfigError, DataError
+from vissl_like.errors import ConfigError, DataError, explained
+from vissl_like.files import refusals_explained
+from vissl_like.launch import outputs
 from vissl_like.launch.inputs import MANIFEST_FILE, input_fingerprints
 
 LAUNCH_FILE = "launch.json"
 RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
 OCCUPIED_FILE = ".running"
+
+log = logging.getLogger(__name__)
 
 #: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
 OUTPUTS = (
@@ -35,12 +40,16 @@ OUTPUTS = (
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """What a job was made from, for launch.json; `config_dirs` are the folders of --config-dir."""
+    """What a job was made from, for launch.json.
+
+    `config_dirs` are the folders of --config-dir, `notes` the warnings of the composition (old names of keys).
+    """
 
     recipe: str | None = None
     presets: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     config_dirs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def default_dir(job: Job, recipe: str | None) -> Path:
@@ -110,6 +119,11 @@ def finished(job: Job, run_dir: Path) -> dict[str, Any] | None:
             f"config.RUN.DIR={str(run_dir)!r} holds a finished run, but what it was made from has changed since: "
             f"{', '.join(changed)}. Choose another config.RUN.DIR, or start anew there with config.RUN.OVERWRITE=true."
         )
+    lost = outputs.lost(manifest.get("outputs", {}), run_dir)
+    if lost:
+        more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
+        log.warning("%s was finished, but %s%s: what is lost is made again", run_dir, "; ".join(lost[:3]), more)
+        return None
     return read_json(run_dir / RESULTS_FILE)
 
 
@@ -118,7 +132,7 @@ def make(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot be made ({error}).") from error
+        raise _refused(run_dir, error) from error
 
 
 def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
@@ -133,7 +147,15 @@ def prepare(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo) -> None:
         write_json(run_dir / LAUNCH_FILE, content)
         write_plan(plan, run_dir)
     except OSError as error:
-        raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot write there ({error}).") from error
+        raise _refused(run_dir, error) from error
+
+
+def _refused(run_dir: Path, error: OSError) -> Exception:
+    """A folder that cannot be one is a wrong value of the key; a full disk or missing rights are not."""
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return ConfigError(f"config.RUN.DIR={str(run_dir)!r}: cannot be made ({error}).")
+    text = f"config.RUN.DIR={str(run_dir)!r}: cannot write there"
+    return DataError(f"{text}: {explained(error, place=run_dir) or error}")
 
 
 def remove_outputs(run_dir: Path) -> None:
@@ -153,6 +175,8 @@ def complete(job: Job, plan: Plan, run_dir: Path, *, results: dict[str, Any], se
         "engine": job.engine_name,
         "config_hash": config_hash(job, global_batch=_global_batch(job, plan.global_batch)),
         "inputs": input_fingerprints(job),
+        "outputs": outputs.record(job, run_dir),
+        "content": outputs.content(job, run_dir),
         "complete": True,
         "finished": _now(),
         "seconds": round(seconds, 2),
@@ -208,8 +232,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that it is either whole or not there."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    with refusals_explained(file):
+        part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+        os.replace(part, file)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 LOG_FILE = "log.txt"
 OURS = "vissl_like"
+_SHOWN = "is_shown"
 
 #: Loggers of libraries that print what we say in our own words.
 _TOO_LOUD = ("torch.distributed.elastic", "torch.distributed.run", "torch.multiprocessing")
@@ -24,6 +25,8 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
+        if getattr(record, _SHOWN, False):
+            return
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         with contextlib.suppress(ValueError, OSError):  # the terminal is gone
             print(f"{self.prefix}{level}{record.getMessage()}", file=sys.stderr, flush=True)
@@ -39,6 +42,11 @@ class LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is reported by whoever writes something that matters."""
 
+    def close(self) -> None:
+        """Close the file, whatever can still be written."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 def to_console(*, verbose: bool = False, rank: int = 0) -> None:
     """Send log lines to the terminal, once per process; ranks other than the first send warnings only."""
@@ -49,8 +57,14 @@ def to_console(*, verbose: bool = False, rank: int = 0) -> None:
     console.setLevel(logging.WARNING if rank else logging.INFO)
     root.addHandler(console)
     logging.getLogger(OURS).setLevel(logging.DEBUG if verbose else logging.INFO)
-    for name in _TOO_LOUD:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """Silence the loggers of libraries that print what we say in our own words; some reset their level when imported."""
+    for name in [*_TOO_LOUD, *logging.root.manager.loggerDict]:
+        if name.startswith(_TOO_LOUD):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -67,6 +81,14 @@ def to_file(run_dir: Path) -> Iterator[None]:
 
 
 def write_traceback(run_dir: Path, text: str) -> None:
-    """Append a traceback to RUN.DIR/log.txt, from any process."""
-    with open(run_dir / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
+    """Append a traceback to RUN.DIR/log.txt, from any process, if there is room for it."""
+    with (
+        contextlib.suppress(OSError),
+        open(run_dir / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(text.rstrip() + "\n")
+
+
+def to_file_only(message: str) -> None:
+    """A warning for log.txt that the terminal has shown before there was a log.txt."""
+    logging.getLogger(OURS).warning("%s", message, extra={_SHOWN: True})

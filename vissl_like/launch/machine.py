@@ -15,6 +15,7 @@ from vissl_like import __version__
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config
 from vissl_like.errors import ConfigError
+from vissl_like.files import refusals_explained
 
 ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = (
@@ -42,6 +43,8 @@ def processes_for(config: Config) -> Processes:
     """The device and the number of processes. Raises ConfigError if this machine cannot offer them."""
     import torch
 
+    from vissl_like.core.distributed import ONE_GPU_PER_TASK
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = config.MACHINE.DEVICE
     if device == "auto":
@@ -56,7 +59,7 @@ def processes_for(config: Config) -> Processes:
     else:
         local = config.DISTRIBUTED.NUM_PROC_PER_NODE or (gpus if device == "gpu" else 1)
         world = local * config.DISTRIBUTED.NUM_NODES
-    if device == "gpu" and local > gpus:
+    if device == "gpu" and local > gpus and ONE_GPU_PER_TASK not in os.environ:
         raise ConfigError(
             f"config.DISTRIBUTED.NUM_PROC_PER_NODE={local}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and a process "
             f"needs one of its own. Use config.DISTRIBUTED.NUM_PROC_PER_NODE={gpus}, or config.MACHINE.DEVICE=cpu."
@@ -67,7 +70,8 @@ def processes_for(config: Config) -> Processes:
 def write_environment(run_dir: Path) -> None:
     """Write environment.json: versions and hardware. Environment variables are never written."""
     text = json.dumps(environment(), indent=1)
-    (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
+    with refusals_explained(run_dir / ENVIRONMENT_FILE):
+        (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Threads that wait by spinning starve the loader processes where cores are few. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Its sockets warn of names without an address and of machines that have gone; what matters of that we say ourselves.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])
@@ -124,14 +127,19 @@ def _complete(words: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- launch
 def _launch(overrides: list[str], *, config_dirs: list[str]) -> int:
+    from vissl_like.launch import allocation
     from vissl_like.launch.machine import started_by_torchrun
 
+    allocation.join()
     if started_by_torchrun():
         return _launch_with_others(overrides, config_dirs=config_dirs)
     loaded = _load(overrides, config_dirs=config_dirs)
+    job, notes = allocation.adopt(loaded.job)
+    for note in notes:
+        print(note, file=sys.stderr)
     from vissl_like.launch.start import start
 
-    return start(loaded, config_dirs=config_dirs)
+    return start(dataclasses.replace(loaded, job=job), config_dirs=config_dirs)
 
 
 def _load(overrides: list[str], *, config_dirs: list[str]) -> Loaded:

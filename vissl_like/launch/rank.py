@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,12 +25,14 @@ from vissl_like.config.schema import Job
 from vissl_like.core.signals import SIGNALS, end_unless_asked
 from vissl_like.errors import Stopped, UserError
 from vissl_like.launch import logs
+from vissl_like.launch.endings import Lost, RunFailed, mistake
 
 log = logging.getLogger(__name__)
 
 #: Sub-folder of the run folder in which ranks leave the reason of their end; removed when the launcher has read it.
 ERRORS_DIR = ".errors"
 STOPPED = "stopped"
+_WORD_BYTES = 1 << 15
 #: Engines that launch others and need no processes of their own.
 RUNS_IN_LAUNCHER = ("pipeline",)
 
@@ -44,19 +47,16 @@ class RankError:
     exit_code: int
     place: str
     time: float
+    is_lost: bool = False
+    """Whether it ended because another process does not answer."""
+    traceback: str = ""
 
 
-class RunFailed(Exception):
-    """A rank was killed or met a defect. The message says what is known; the log file holds the traceback."""
-
-    exit_code = errors.EXIT_DEFECT
-
-
-def run_rank(run_dir: str) -> dict[str, Any]:
+def run_rank(run_dir: str, words_dir: str) -> dict[str, Any]:
     """Run the engine of a run folder in a process of its own, one of those that the environment describes.
 
     Returns the engine's results, or {"stopped": message} if a signal ended it after saving. Any other end is written
-    down for the launcher and raised.
+    down for the launcher in `words_dir` and raised.
     """
     folder = Path(run_dir)
     rank = int(os.environ.get("RANK", "0"))
@@ -69,19 +69,43 @@ def run_rank(run_dir: str) -> dict[str, Any]:
             results = run_engine(job, folder)
         return results if rank == 0 else {}
     except Stopped as stop:
-        _leave_word(folder, rank, stop)
+        _leave_word(Path(words_dir), rank, stop)
         return {STOPPED: str(stop)}
     except Exception as error:
-        _leave_word(folder, rank, error)
+        _leave_word(Path(words_dir), rank, error)
         raise
 
 
 def run_engine(job: Job, run_dir: Path) -> dict[str, Any]:
-    """Join the other processes, run the engine, leave them again."""
+    """Join the other processes, run the engine, leave them again. A full disk or memory is a UserError."""
     load_plugins(job.config.PLUGINS)
     engine = registry.resolve("engine", job.engine_name, key="engine_name")
-    if job.engine_name in RUNS_IN_LAUNCHER:
-        return engine(job, run_dir)
+    run = engine if job.engine_name in RUNS_IN_LAUNCHER else partial(_run_with_others, engine)
+    try:
+        with _room_for_last_words(run_dir):
+            return run(job, run_dir)
+    except Exception as error:
+        known = None if hasattr(error, "exit_code") else errors.explained(error, place=run_dir)
+        if known is None:
+            raise
+        logs.write_traceback(run_dir, "".join(traceback.format_exception(error)))
+        raise known from error
+
+
+@contextlib.contextmanager
+def _room_for_last_words(run_dir: Path) -> Iterator[None]:
+    """Some bytes that are given back at the end, so that a process can say that the disk is full when it is."""
+    file = run_dir / f".room_{os.environ.get('RANK', '0')}"
+    with contextlib.suppress(OSError):
+        file.write_bytes(bytes(_WORD_BYTES))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _run_with_others(engine: Callable[[Job, Path], dict[str, Any]], job: Job, run_dir: Path) -> dict[str, Any]:
     import torch
 
     from vissl_like.core import distributed
@@ -103,10 +127,13 @@ def _interrupt_is_a_request() -> Iterator[None]:
         yield
         return
     before, before_listening = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    launcher, has_machines = os.getppid(), int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     asked = False
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if has_machines and os.getppid() != launcher:  # torch says so when the launcher was killed
+            os._exit(errors.EXIT_DEFECT)  # the ranks of other machines start anew as soon as this machine is back
         is_listening = signal.getsignal(signal.SIGTERM) is not before_listening
         if asked or not is_listening:
             raise KeyboardInterrupt
@@ -122,8 +149,10 @@ def _interrupt_is_a_request() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended
-def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
-    """Write RUN.DIR/.errors/rank_K.json, and the traceback of a defect into log.txt."""
+def _leave_word(words_dir: Path, rank: int, error: Exception) -> None:
+    """Write words_dir/rank_K.json. The launcher puts the traceback of a defect into log.txt."""
+    from vissl_like.core import distributed
+
     is_defect = not isinstance(error, UserError | Stopped)
     word = RankError(
         rank=rank,
@@ -132,13 +161,12 @@ def _leave_word(run_dir: Path, rank: int, error: Exception) -> None:
         exit_code=getattr(error, "exit_code", errors.EXIT_DEFECT),
         place=place_of(error) if is_defect else "",
         time=time.time(),
+        is_lost=is_defect and distributed.is_lost_connection(error),
+        traceback=f"rank {rank}:\n{''.join(traceback.format_exception(error))}" if is_defect else "",
     )
     with contextlib.suppress(OSError):  # a full disk must not hide the first error
-        if is_defect:
-            logs.write_traceback(run_dir, f"rank {rank}:\n{''.join(traceback.format_exception(error))}")
-        folder = run_dir / ERRORS_DIR
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
+        words_dir.mkdir(exist_ok=True)
+        (words_dir / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
 
 
 def place_of(error: BaseException) -> str:
@@ -157,10 +185,10 @@ def _is_library(file: str) -> bool:
     return not is_ours and ("site-packages" in file or file.startswith(("<", os.path.dirname(os.__file__))))
 
 
-def left_words(run_dir: Path) -> list[RankError]:
+def left_words(words_dir: Path) -> list[RankError]:
     """What the ranks wrote down, the first to fail first."""
     found = []
-    for file in (run_dir / ERRORS_DIR).glob("rank_*.json"):
+    for file in words_dir.glob("rank_*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):  # written in the moment of death
             found.append(RankError(**json.loads(file.read_text(encoding="utf-8"))))
     return sorted(found, key=lambda word: word.time)
@@ -168,11 +196,10 @@ def left_words(run_dir: Path) -> list[RankError]:
 
 def as_exception(word: RankError) -> Exception:
     """The error of a rank as it is to be shown: a mistake of the user as itself, anything else as RunFailed."""
-    if word.place:
-        return RunFailed(
-            f"{word.kind} on rank {word.rank}: {word.message} ({word.place}). The traceback is in log.txt."
-        )
-    kind = getattr(errors, word.kind, UserError)
-    error: Exception = kind(word.message) if issubclass(kind, UserError) else UserError(word.message)
-    error.exit_code = word.exit_code  # type: ignore[attr-defined]
-    return error
+    if not word.place:
+        return mistake(word.kind, word.message, exit_code=word.exit_code)
+    if word.is_lost:
+        return Lost(f"rank {word.rank} lost the connection to another process", word.traceback)
+    failed = RunFailed(f"{word.kind} on rank {word.rank}: {word.message} ({word.place}). The traceback is in log.txt.")
+    failed.traceback = word.traceback
+    return failed

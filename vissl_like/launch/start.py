@@ -9,12 +9,14 @@ from vissl_like.errors import EXIT_DONE
 
 
 def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
-    """Start a checked job, or make its dry run; returns 0. Everything else is raised."""
-    from vissl_like.launch import folder, logs
+    """Start a checked job, submit it, or make its dry run; returns 0. Everything else is raised."""
+    from vissl_like.launch import folder, logs, slurm
     from vissl_like.launch.inputs import check_inputs
 
     job = loaded.job
-    info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
+    info = folder.LaunchInfo(
+        loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs), list(loaded.notes)
+    )
     where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
     check_inputs(folder.with_run_dir(job, where))  # lost files are reported before torch is imported
     logs.to_console(verbose=job.config.VERBOSE)
@@ -22,6 +24,12 @@ def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
         from vissl_like.launch.dry_run import dry_run
 
         print(dry_run(job, where, info))
+        return EXIT_DONE
+    if job.config.SLURM.DRY_RUN:
+        print(slurm.batch_text(job, where))
+        return EXIT_DONE
+    if slurm.is_wanted(job.config):
+        print(slurm.describe(slurm.submit(job, where, info), where))
         return EXIT_DONE
     from vissl_like.launch.local import launch
 

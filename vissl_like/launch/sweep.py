@@ -1,12 +1,14 @@
 """-m: a run for each point of a grid, one after the other, each in a process and a folder of its own.
 
 RUN.DIR/sweep.jsonl holds one line per attempt: overrides, status, exit code, run folder, metrics. A sweep that is started
-again skips the points that are finished; a point that fails does not stop the others.
+again skips the points that are finished; a point that fails does not stop the others. With config.SLURM.USE_SLURM each
+point becomes a batch job; started again, what is finished, waits or runs is not submitted again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -22,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from vissl_like.config.check import Loaded, load_sweep
+from vissl_like.config.schema import Config
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -29,9 +32,12 @@ from vissl_like.errors import (
     EXIT_DONE,
     EXIT_STOPPED,
     ConfigError,
+    UserError,
     show_error,
 )
-from vissl_like.launch import folder
+from vissl_like.launch import folder, slurm
+from vissl_like.launch.allocation import adopt, are_ranks
+from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
 from vissl_like.launch.start import start
@@ -55,30 +61,46 @@ class Point:
 
 def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     """Compose and check all points, then run them; returns the gravest exit code."""
-    if started_by_torchrun():
-        raise ConfigError("-m: a sweep starts processes itself; run it without torchrun.")
-    points = make_points(load_sweep(overrides, config_dirs=config_dirs))
+    if started_by_torchrun() or are_ranks():
+        raise ConfigError(
+            "-m: a sweep starts processes itself; run it without torchrun, or by srun with one task per node."
+        )
+    points = make_points(_adopted(load_sweep(overrides, config_dirs=config_dirs)))
     for note in dict.fromkeys(note for point in points for note in point.loaded.notes):
         print(f"warning: {note}", file=sys.stderr)
     for point in points:
         check_inputs(folder.with_run_dir(point.loaded.job, point.run_dir))
-    if points[0].loaded.job.config.RUN.DRY_RUN:
+        if slurm.is_wanted(point.loaded.job.config):
+            slurm.requested(point.loaded.job.config)
+    if _is_dry(points[0].loaded.job.config):
         for point in points:
             print(f"{' '.join(point.varied)} -> {point.run_dir}")
         return _run_point(points[0], config_dirs)
     ledger = points[0].run_dir.parent / LEDGER
     ledger.parent.mkdir(parents=True, exist_ok=True)
     print(f"sweep of {len(points)} runs in {ledger.parent}", file=sys.stderr)
-    codes: list[int] = []
+    lines: list[dict[str, Any]] = []
     with _signals() as received:
         for number, point in enumerate(points, 1):
             print(f"run {number} of {len(points)}: {' '.join(point.varied)}", file=sys.stderr)
-            codes.append(_run_and_record(point, ledger, config_dirs))
+            lines.append(_run_and_record(point, ledger, config_dirs))
             if received:
                 print("stopped: the other runs of the sweep were not started.", file=sys.stderr)
                 break
-    print(_summary(points, codes))
-    return max(codes, key=_gravity)
+    print(_summary(points, lines))
+    return max((line["exit"] for line in lines), key=_gravity)
+
+
+def _adopted(loaded: list[Loaded]) -> list[Loaded]:
+    """The points with what a SLURM allocation says about machines; what was inferred is said once."""
+    adopted = [adopt(one.job) for one in loaded]
+    for note in dict.fromkeys(note for _, notes in adopted for note in notes):
+        print(note, file=sys.stderr)
+    return [dataclasses.replace(one, job=job) for one, (job, _) in zip(loaded, adopted)]
+
+
+def _is_dry(config: Config) -> bool:
+    return config.RUN.DRY_RUN or config.SLURM.DRY_RUN
 
 
 def _gravity(code: int) -> int:
@@ -107,32 +129,57 @@ def _folder_name(varied: tuple[str, ...]) -> str:
     return name
 
 
-def _run_and_record(point: Point, ledger: Path, config_dirs: list[str]) -> int:
+def _run_and_record(point: Point, ledger: Path, config_dirs: list[str]) -> dict[str, Any]:
+    """Run or submit a point; returns its line, which is in the ledger unless the point was finished before."""
     started = datetime.datetime.now(datetime.timezone.utc)
     was_finished = bool(folder.read_json(point.run_dir / folder.MANIFEST_FILE).get("complete"))
+    line: dict[str, Any] = {
+        "overrides": list(point.loaded.overrides),
+        "status": "done",
+        "exit": EXIT_DONE,
+        "run_dir": str(point.run_dir),
+    }
     if was_finished and _is_recorded(point, ledger):
         same = folder.read_json(point.run_dir / folder.LAUNCH_FILE).get("overrides") == list(point.loaded.overrides)
         if same and not point.loaded.job.config.RUN.OVERWRITE:
             print(f"finished before: {point.run_dir}", file=sys.stderr)
-            return EXIT_DONE
-    code = _in_process(point, config_dirs)
-    status = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
-    line = {
-        "overrides": list(point.loaded.overrides),
-        "status": status,
-        "exit": code,
-        "run_dir": str(point.run_dir),
-        "metrics": folder.read_json(point.run_dir / folder.RESULTS_FILE) if code == EXIT_DONE else {},
+            return line
+    is_batch_job = slurm.is_wanted(point.loaded.job.config)
+    if is_batch_job:
+        line |= _submit_point(point, config_dirs)
+        if _is_recorded(point, ledger, status=line["status"], job_id=line.get("job_id")):
+            return line
+    else:
+        code = _in_process(point, config_dirs)
+        line |= {"status": {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, "failed"), "exit": code}
+    line |= {
+        "metrics": folder.read_json(point.run_dir / folder.RESULTS_FILE) if line["status"] == "done" else {},
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
     }
-    with open(ledger, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    return code
+    if is_batch_job or is_writer(point.loaded.job.config.DISTRIBUTED):
+        with open(ledger, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
 
 
-def _is_recorded(point: Point, ledger: Path) -> bool:
-    return any(line.get("run_dir") == str(point.run_dir) and line.get("status") == "done" for line in read(ledger))
+def _submit_point(point: Point, config_dirs: list[str]) -> dict[str, Any]:
+    """Submit a point as a batch job: what the ledger says about it. `job_id` also is that of a job that lives already."""
+    loaded = point.loaded
+    info = folder.LaunchInfo(loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs))
+    try:
+        submission = slurm.submit(loaded.job, point.run_dir, info)
+    except UserError as error:
+        return {"status": "failed", "exit": show_error(error)}
+    print(slurm.describe(submission, point.run_dir), file=sys.stderr)
+    if submission.state == slurm.FINISHED:
+        return {}
+    return {"status": slurm.SUBMITTED, "job_id": submission.job_id}
+
+
+def _is_recorded(point: Point, ledger: Path, *, status: str = "done", job_id: str | None = None) -> bool:
+    looked_for = (str(point.run_dir), status, job_id)
+    return looked_for in [(line.get("run_dir"), line.get("status"), line.get("job_id")) for line in read(ledger)]
 
 
 def read(ledger: Path) -> list[dict[str, Any]]:
@@ -189,12 +236,13 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _summary(points: list[Point], codes: list[int]) -> str:
+def _summary(points: list[Point], lines: list[dict[str, Any]]) -> str:
     """One line per point: what varied, how it ended, its first metrics."""
-    lines = []
-    for point, code in zip(points, codes):
-        word = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}.get(code, f"failed ({code})")
-        results = folder.read_json(point.run_dir / folder.RESULTS_FILE) if code == EXIT_DONE else {}
+    rows = []
+    for point, line in zip(points, lines):
+        number = line.get("job_id") or (line["exit"] if line["status"] == "failed" else "")
+        word = f"{line['status']} ({number})" if number else line["status"]
+        results = folder.read_json(point.run_dir / folder.RESULTS_FILE) if line["status"] == "done" else {}
         numbers = [f"{key}={value:.4g}" for key, value in results.items() if isinstance(value, int | float)][:4]
-        lines.append(f"{' '.join(point.varied):<50} {word:<12} {' '.join(numbers)}".rstrip())
-    return "\n".join(lines)
+        rows.append(f"{' '.join(point.varied):<50} {word:<12} {' '.join(numbers)}".rstrip())
+    return "\n".join(rows)

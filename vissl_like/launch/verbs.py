@@ -40,7 +40,7 @@ Questions:
   {PROGRAM} list WORD            {", ".join(components.LISTS[:5])},
                                  {", ".join(components.LISTS[5:])}
   {PROGRAM} report RUN_DIR       make report.html of a run folder again
-  {PROGRAM} data VERB ...        shrink images, prepare or draw data sets (`data --help`)
+  {PROGRAM} data VERB ...        shrink or index images, prepare or draw data sets (`data --help`)
 
 Flags:
   -m, --multirun                 a run for each combination of comma lists: config.SEED_VALUE=1,2,3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +35,18 @@ def cross_entropy(
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         if normalize_output:
             logits = F.normalize(logits, dim=1)
-        logits = logits / temperature
+        if temperature != 1.0:
+            logits = logits / temperature
         if target.ndim == 2:
             losses.append(F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=label_smoothing))
             continue
-        check_targets(target, num_classes=logits.shape[1], ignore_index=ignore_index)
+        counts = check_targets(target, num_classes=logits.shape[1], ignore_index=ignore_index)
         scale = _class_weights(weight, logits)
-        total = F.cross_entropy(
-            logits, target, weight=scale, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-        losses.append(total / _count(target, scale, ignore_index=ignore_index))
+        entropy = partial(F.cross_entropy, logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        if counts and scale is None:
+            losses.append(entropy())
+        else:
+            losses.append(entropy(weight=scale, reduction="sum") / _count(target, scale, ignore_index=ignore_index))
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
@@ -92,16 +95,19 @@ def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction:
     return total
 
 
-def check_targets(target: Tensor, *, num_classes: int, ignore_index: int = UNKNOWN) -> None:
-    """Raise DataError if a class number does not fit the head.
+def check_targets(target: Tensor, *, num_classes: int, ignore_index: int = UNKNOWN) -> bool:
+    """Raise DataError if a class number does not fit the head. Returns whether it is sure that some target counts.
 
     Looks at tensors on the CPU only: on a GPU it would make every step wait, and the task knows the largest label.
     """
-    if target.device.type != "cpu":
-        return
+    if target.device.type != "cpu" or not target.numel():
+        return False
+    lowest, highest = (int(value) for value in torch.aminmax(target))
+    if lowest >= 0 and highest < num_classes and not lowest == highest == ignore_index:
+        return True
     wanted = target[target != ignore_index]
     if not wanted.numel():
-        return
+        return False
     check_largest(int(wanted.max()), num_classes=num_classes)
     if int(wanted.min()) < 0:
         raise DataError(
@@ -109,6 +115,7 @@ def check_targets(target: Tensor, *, num_classes: int, ignore_index: int = UNKNO
             f"config.LOSS.CROSS_ENTROPY.IGNORE_INDEX={ignore_index} alone. Set that to {int(wanted.min())}, or label all "
             "images."
         )
+    return True
 
 
 def check_largest(label: int, *, num_classes: int) -> None:

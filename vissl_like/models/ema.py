@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_like.config.schema_model import Ema as EmaOptions
+from vissl_like.core.parallel import as_part, local, rows_like
 from vissl_like.errors import WeightsError
 
 
@@ -21,8 +22,9 @@ class Ema:
     def __init__(self, model: nn.Module, *, options: EmaOptions, total_steps: int) -> None:
         self._decay, self._every = options.DECAY, options.UPDATE_ITER
         self._warmup_steps = options.WARMUP * total_steps
-        self._names = list(model.state_dict())
-        self._live = list(model.state_dict().values())
+        self._weights = dict(model.state_dict())
+        # Of a sharded model the rows that lie here: the average of rows is the rows of the average.
+        self._live = [local(tensor) for tensor in self._weights.values()]
         self._average = [tensor.detach().clone() for tensor in self._live]
         real = [i for i, tensor in enumerate(self._live) if tensor.is_floating_point()]
         whole = [i for i, tensor in enumerate(self._live) if not tensor.is_floating_point()]
@@ -43,16 +45,17 @@ class Ema:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the model's names."""
-        return dict(zip(self._names, self._average))
+        pairs = zip(self._weights.items(), self._average)
+        return {name: as_part(average, like=weight) for (name, weight), average in pairs}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from these averages."""
-        if set(state) != set(self._names):
-            odd = sorted(set(state) ^ set(self._names))
+        """Go on from these averages (whole ones)."""
+        if set(state) != set(self._weights):
+            odd = sorted(set(state) ^ set(self._weights))
             raise WeightsError(f"the saved averages do not fit the model; first difference: {odd[0]!r}.")
-        for name, average in zip(self._names, self._average):
-            average.copy_(state[name])
+        for (name, weight), average in zip(self._weights.items(), self._average):
+            average.copy_(rows_like(state[name], weight))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -233,6 +233,12 @@ def _scale(heads: nn.ModuleList, factor: float) -> None:
             parameter.mul_(factor)
 
 
+def has_open_sizes(params: Sequence[Any]) -> bool:
+    """Whether some size is still `auto`."""
+    found = [options for _, options in (_parse(item, index) for index, item in enumerate(params))]
+    return any(options.get("in_channels") == AUTO or AUTO in options.get("dims", []) for options in found)
+
+
 def resolve_from_state(params: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Any]:
     """PARAMS with every `auto` read off the shapes of saved heads (keys "heads.0.clf.0.weight", ...)."""
     resolved = []
@@ -245,7 +251,8 @@ def resolve_from_state(params: Sequence[Any], shapes: Mapping[str, tuple[int, ..
         weights = [shape for _, shape in found]
         if weights and AUTO in options.get("dims", []):
             options["dims"] = [weights[0][1], *(shape[0] for shape in weights)]
-        if options.get("in_channels") == AUTO:
-            options["in_channels"] = shapes[f"heads.{index}.channel_bn.weight"][0]
+        norm = f"heads.{index}.channel_bn.weight"
+        if options.get("in_channels") == AUTO and norm in shapes:
+            options["in_channels"] = shapes[norm][0]
         resolved.append([name, options])
     return resolved

@@ -34,3 +34,14 @@ class PartInputs(nn.Module):
     def idle_parameters(self, size: Sequence[int]) -> list[str]:
         """None: every trainable parameter takes part in some loss."""
         return []
+
+    def read_modules(self) -> list[str]:
+        """Names of the modules whose outputs are read: the stages of CNNs whose maps are joined."""
+        names = {id(module): name for name, module in self.named_modules()}
+        found = []
+        for trunk in self.trunks():
+            layers = trunk.adapter.layers
+            for stage in getattr(trunk, "stages", ()):
+                path = layers[stage].module if stage in layers else stage
+                found.append(names[id(trunk.backbone.get_submodule(path))])
+        return found

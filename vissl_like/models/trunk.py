@@ -159,6 +159,10 @@ class Trunk(nn.Module):
             f" Known: {', '.join(known)}; deeper modules by their dotted names."
         )
 
+    def module_of(self, layer: str) -> str:
+        """The dotted name, in the backbone, of the module at which a layer is read."""
+        return self._layer(layer).module
+
     def check_layers(self, layers: Sequence[str], *, key: str) -> None:
         """Raises ConfigError, naming the key, for the first unknown layer."""
         for name in layers:

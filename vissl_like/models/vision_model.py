@@ -109,9 +109,7 @@ class VisionModel(nn.Module):
                 "config.MODEL.TRUNK.OPTIONS."
             )
         try:
-            shapes = self.trunk.feature_shapes([item.layer for item in self.pooled], image_size=(shape[1], shape[2]))
-            features = [pooled_shape(item, shapes[item.layer], flatten=self.flatten) for item in self.pooled]
-            self._on_meta([torch.empty((2, *feature), device="meta") for feature in features])
+            self.output_widths((shape[1], shape[2]))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{key}: images of {shape[1]}x{shape[2]} do not fit the heads, whose sizes follow from the images of "
@@ -119,6 +117,13 @@ class VisionModel(nn.Module):
             ) from error
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
+
+    def output_widths(self, size: tuple[int, int]) -> list[int]:
+        """How many numbers each output has for images of this size (H, W)."""
+        shapes = self.trunk.feature_shapes([item.layer for item in self.pooled], image_size=size)
+        features = [pooled_shape(item, shapes[item.layer], flatten=self.flatten) for item in self.pooled]
+        outputs = self._on_meta([torch.empty((2, *feature), device="meta") for feature in features])
+        return [output.shape[1] for output in outputs]
 
     def _on_meta(self, features: list[Tensor]) -> list[Tensor]:
         """Outputs of the heads for features on the meta device."""
@@ -140,6 +145,11 @@ class VisionModel(nn.Module):
                 return []  # a backbone that looks at values cannot run without them
         found = torch.autograd.grad([output.sum() for output in outputs], wanted, allow_unused=True)
         return [name for name, gradient in zip(trained, found) if gradient is None]
+
+    def read_modules(self) -> list[str]:
+        """Dotted names of the modules whose outputs are read while the trunk runs."""
+        layers = [item.layer for item in self.pooled if item.layer != FLATTEN]
+        return [f"trunk._feature_blocks.{self.trunk.module_of(layer)}" for layer in layers]
 
     def layer_names(self) -> list[str]:
         """Names that LINEAR_EVAL_FEAT_POOL_OPS_MAP may use (deeper modules too, by their dotted names)."""

@@ -263,7 +263,7 @@ class Rates:
     ) -> None:
         """`lr_head` None: as `lr`. `weight_decay` None: constant."""
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, num_epochs
-        given = {"LR": lr, "LR_HEAD": lr_head, "WEIGHT_DECAY": weight_decay}
+        given = {"LR": lr, "LR_HEAD": None if lr_head == lr else lr_head, "WEIGHT_DECAY": weight_decay}
         self._schedules = {key: schedule for key, schedule in given.items() if schedule is not None}
         self._curves = {
             key: build_curve(schedule, num_epochs=num_epochs, key=key) for key, schedule in self._schedules.items()

@@ -283,6 +283,24 @@ def _montage(run: RunFolder, data: Mapping[str, Any]) -> str:
     return picture(path, "Members of the largest clusters and of some others, chosen at random.")
 
 
+def profile(run: RunFolder) -> Section | None:
+    """Where the time of a training step went (profile/profile.json)."""
+    found = run.json("profile/profile.json")
+    if not found:
+        return None
+    first, last = found["steps"]
+    whole, speed = found["step_ms"], found["images_per_s"]
+    said = f"<p>{whole:.2f} ms per step, {speed:.0f} images/s (steps {first} to {last}).</p>"
+    rows = [[phase, 100 * ms / whole, f"{ms:.3f}"] for phase, ms in found["phases_ms"].items()]
+    cells = [
+        f'<td class="k">{escape(one["name"])}</td><td>{one["calls"]:.1f}</td><td>{one["ms"]:.3f}</td>'
+        for one in found["operations"]
+    ]
+    table = folded_table(("operation", "calls per step", "ms per step"), cells, open_rows=0, what="the {} slowest")
+    advice = "".join(f'<p class="open">{escape(line)}</p>' for line in found["advice"])
+    return Section("Profile", said + advice + bar_table(("phase", "% of a step", "ms"), rows) + table)
+
+
 def weights(run: RunFolder) -> Section | None:
     """Where the initial weights came from, and what became of each tensor (weights_report.json)."""
     report = run.json("weights_report.json")
@@ -387,6 +405,7 @@ SECTIONS: tuple[Callable[[RunFolder], Section | None], ...] = (
     clusters,
     results,
     curves,
+    profile,
     weights,
     configuration,
     inferred,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vissl_like.errors import ConfigError
+from vissl_like.files import refusals_explained, replacing
 from vissl_like.outputs import console
 
 if TYPE_CHECKING:
@@ -83,10 +83,12 @@ class JsonLines:
     """metrics.jsonl: one record a line, on disk as soon as it is written."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({key: _strict(value) for key, value in record.items()}) + "\n")
+        with refusals_explained(self._path):
+            self._file.write(json.dumps({key: _strict(value) for key, value in record.items()}) + "\n")
 
     def stepped(self, step: int) -> None:
         pass
@@ -95,7 +97,8 @@ class JsonLines:
         pass
 
     def close(self) -> None:
-        self._file.close()
+        with refusals_explained(self._path):  # a line that found no room is tried once more
+            self._file.close()
 
 
 class TensorBoardSink:
@@ -194,9 +197,8 @@ def rewind(run_dir: Path, step: int) -> int:
             kept.append(line + "\n")
     whole = "".join(kept)
     if whole != text:
-        beside = path.with_suffix(".jsonl.new")
-        beside.write_text(whole, encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as stream:
+            stream.write(whole.encode())
     return dropped
 
 

@@ -1,0 +1,105 @@
+"""Rows of one .npy file, read at their place in it and not through a map.
+
+Mapped pages count as memory of the process that touched them, so a process that maps a large file seems to hold it; and
+a file that was cut short, or a disk that fails, ends a mapping process by a signal. Here both are errors with a name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from vissl_like.errors import DataError
+
+
+class NpyFile:
+    """An array (n, ...) in a file. Opened anew by each call: any number of files, from any number of threads."""
+
+    def __init__(self, file: Path) -> None:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)  # only its header is looked at
+        self.file, self.shape, self.dtype = file, array.shape, array.dtype
+        self._offset = int(array.offset)
+        self._row_bytes = int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
+
+    @classmethod
+    def create(cls, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> NpyFile:
+        """A new file of this size, filled with zeros. Raises DataError where the disk has no room for it."""
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            with file.open("wb") as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.flush()
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), stream.tell(), size)
+                else:
+                    stream.truncate(stream.tell() + size)
+        except OSError as error:
+            raise _cannot_write(file, error) from error
+        return cls(file)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop, as stored."""
+        result = np.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        with self._open() as stream:
+            self._fill(stream, result, row=start)
+        return result
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of these ascending indices, as stored; neighbours are read together."""
+        result = np.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
+        with self._open() as stream:
+            for first, last in _runs(indices):
+                self._fill(stream, result[first:last], row=int(indices[first]))
+        return result
+
+    def write(self, start: int, array: np.ndarray) -> None:
+        """Put rows in place, from row `start` on."""
+        try:
+            with open(self.file, "r+b") as stream:
+                stream.seek(self._offset + start * self._row_bytes)
+                stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise _cannot_write(self.file, error) from error
+
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self.file, "rb", buffering=0)  # type: ignore[return-value]
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
+
+    def _fill(self, stream: BinaryIO, target: np.ndarray, *, row: int) -> None:
+        if not target.nbytes:
+            return
+        place = target.reshape(-1).view(np.uint8).data
+        try:
+            stream.seek(self._offset + row * self._row_bytes)
+            while place:
+                count = stream.readinto(place)  # type: ignore[attr-defined]
+                if not count:
+                    raise DataError(
+                        f"{self.file}: ends before row {row + len(target) - 1}; it was cut short. Make it again."
+                    )
+                place = place[count:]
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
+
+
+def _cannot_write(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again."
+    )
+
+
+def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where consecutive numbers stand in ascending ones: (first, last) of each run."""
+    if len(indices):
+        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+        yield from zip([0, *breaks.tolist()], [*breaks.tolist(), len(indices)], strict=True)

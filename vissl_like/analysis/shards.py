@@ -1,0 +1,90 @@
+"""Shards of features on disk: .npy files of fixed size, and a checksum of every row in a file beside them.
+
+A shard that is cut off is noticed by its size, one whose bytes have changed when its rows are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from vissl_like.analysis.rows import spans
+from vissl_like.files import refusals_explained
+
+#: Beside the shards of a layer: uint64 (rows,), 0 for a row that is not written yet.
+SUMS = "sums.npy"
+#: Rows that are checked at once.
+_CHECK_BYTES = 1 << 24
+
+
+def create_array(file: Path, *, shape: tuple[int, ...], dtype: str) -> None:
+    """A .npy file of zeros. Its space is reserved now: a full disk is an error before anything is computed."""
+    with refusals_explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        try:
+            with file.open("wb") as stream:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.flush()
+                size = stream.tell() + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+                os.truncate(stream.fileno(), size)
+                if hasattr(os, "posix_fallocate") and size:
+                    os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError:
+            file.unlink(missing_ok=True)  # half a reservation helps nobody
+            raise
+
+
+def array_problem(file: Path, *, shape: tuple[int, ...], dtype: str) -> str:
+    """What is wrong with the form of a .npy file, or the empty string."""
+    if not file.is_file():
+        return "missing"
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return f"truncated or damaged ({file.stat().st_size} bytes)"
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        return f"of shape {array.shape} {array.dtype}, not {shape} {dtype}"
+    expected = array.offset + array.nbytes  # type: ignore[attr-defined]
+    return "" if file.stat().st_size == expected else f"{file.stat().st_size} bytes long, not {expected}"
+
+
+def row_sums(rows: np.ndarray) -> np.ndarray:
+    """A checksum of each row (n, ...) as it is stored -> uint64 (n,), not 0 for a row of zeros.
+
+    The words of each eighth of a row added, the eighths weighted by odd numbers, modulo 2^64: several times as quick as
+    writing the row, and any change of one word changes it. It is meant against damage, not against intent.
+    """
+    flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
+    row_bytes = flat.shape[1] * flat.itemsize
+    words = flat.view(next(kind for size, kind in _WORDS if row_bytes % size == 0)).astype(np.uint64, copy=False)
+    starts, weights = _parts(words.shape[1])
+    return np.add.reduceat(words, starts, axis=1) @ weights + np.uint64(1)
+
+
+_WORDS = ((8, np.uint64), (4, np.uint32), (2, np.uint16), (1, np.uint8))
+
+
+@functools.lru_cache(maxsize=8)
+def _parts(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the eighths of a row of so many words begin, and their weights."""
+    starts = np.arange(0, count, -(-count // 8))
+    return starts, np.arange(1, 2 * len(starts), 2, dtype=np.uint64)
+
+
+def changed_rows(shard: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Ascending rows of a mapped shard (n, ...) that do not have their checksums (n,)."""
+    size = max(1, _CHECK_BYTES // max(1, shard[:1].nbytes))
+    parts = [
+        start + np.flatnonzero(row_sums(shard[start:stop]) != sums[start:stop])
+        for start, stop in spans(len(shard), size)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
