@@ -22,6 +22,8 @@ Problem = tuple[str, str]
 SPLITS = ("TRAIN", "VAL", "TEST")
 _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
+#: Sources that make their folder where it is missing.
+_DRAWN = ("toybirds", "toy_waterbirds")
 #: Values of PARAMS_FILE that are no paths.
 _NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:", "http://", "https://")
 
@@ -330,7 +332,7 @@ def _wanted_files(job: Job) -> Iterator[tuple[str, str, str]]:
     for split in used_splits(job):
         options: Split = getattr(config.DATA, split)
         for number, path in enumerate(options.DATA_PATHS):
-            if options.DATA_SOURCES[number] != _SHARDS:
+            if options.DATA_SOURCES[number] not in (_SHARDS, *_DRAWN):
                 yield f"config.DATA.{split}.DATA_PATHS.{number}", path, "data"
         for number, files in enumerate(options.LABEL_PATHS):
             for path in [files] if isinstance(files, str) else files:

@@ -28,8 +28,9 @@ from vissl_like.core.evaluation import evaluate
 from vissl_like.core.on_main import on_main
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
-from vissl_like.engines import train
-from vissl_like.engines.train import Splits
+from vissl_like.engines import feeds, train
+from vissl_like.engines.feeds import Splits
+from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
 from vissl_like.models.parts import StageOne
 from vissl_like.models.two_stage import TwoStage, leave_one_out
@@ -59,7 +60,13 @@ def open_splits(config: Config, run_dir: Path) -> Splits:
     seen = config.DATA.TRAIN.model_copy(update={"TRANSFORMS": config.DATA.TEST.TRANSFORMS})
     data = config.DATA.model_copy(update={"TRAIN": seen})
     build = partial(
-        build_dataset, data, seed=config.SEED_VALUE, input_type=config.MODEL.INPUT_TYPE, run_dir=run_dir, train=True
+        build_dataset,
+        data,
+        seed=config.SEED_VALUE,
+        input_type=config.MODEL.INPUT_TYPE,
+        run_dir=run_dir,
+        train=True,
+        with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
     )
     return Splits(train=build("TRAIN") if is_used(data, "TRAIN") else None, test=build("TEST"))
 
@@ -78,7 +85,7 @@ class _Evaluation:
         )
         arithmetic = train.arithmetic(config, self.plan)
         self.loading = Loading(
-            **train.loading(config, self.plan), threads=torch.get_num_threads(), arithmetic=arithmetic
+            **feeds.loading(config, self.plan), threads=torch.get_num_threads(), arithmetic=arithmetic
         )
         self.annotated = [name for name in self.options.PROTOCOLS if name in PROTOCOLS]
         key = "config.DATA.TEST.TRANSFORMS"
@@ -111,7 +118,7 @@ class _Evaluation:
         """Accuracies of both stages on TEST."""
         found = evaluate(
             train.make_task(self.config, self.model, self.splits),  # type: ignore[arg-type]
-            train.test_feed(self.config, self.test, self.plan)(),
+            feeds.test_feed(self.config, self.test, self.plan)(),
             to_input=self.test.device_transform,
             arithmetic=self.loading.arithmetic,
             seed=self.config.SEED_VALUE,

@@ -5,10 +5,8 @@ Heads on one or several layers of a frozen trunk are trained by the same code: M
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,13 @@ from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_model import Meters
 from vissl_like.core import checkpoint, distributed, parallel, rng
 from vissl_like.core.evaluation import Arithmetic, evaluate
-from vissl_like.core.loop import TESTS, Feed, Options, Training
+from vissl_like.core.loop import TESTS, Options, Training
 from vissl_like.core.on_main import on_main
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
-from vissl_like.data.loader import close_workers, eval_batches, train_batches
-from vissl_like.engines.part_setup import make_groups, start_prototypes, test_facts
+from vissl_like.engines.feeds import Splits, loading, make_feed, test_feed, train_feed
+from vissl_like.engines.part_setup import MODELS_WITH_MASKS, make_groups, start_prototypes, test_facts
 from vissl_like.errors import ConfigError, WeightsError
 from vissl_like.models.ema import Ema
 from vissl_like.models.heads import is_chain
@@ -42,25 +40,6 @@ from vissl_like.tasks.request import TaskRequest
 WEIGHTS_REPORT = "weights_report.json"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The images of a training. `train` is None when only the test runs, `test` when there is none."""
-
-    train: ImageDataset | None
-    test: ImageDataset | None
-
-    @property
-    def any(self) -> ImageDataset:
-        found = self.train or self.test
-        assert found is not None
-        return found
-
-    def close(self) -> None:
-        for dataset in (self.train, self.test):
-            if dataset is not None:
-                close_workers(dataset)
 
 
 class Silent:
@@ -116,7 +95,14 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
 def open_splits(config: Config, run_dir: Path) -> Splits:
     """The datasets that this run uses."""
     data, seed = config.DATA, config.SEED_VALUE
-    build = partial(build_dataset, data, seed=seed, input_type=config.MODEL.INPUT_TYPE, run_dir=run_dir)
+    build = partial(
+        build_dataset,
+        data,
+        seed=seed,
+        input_type=config.MODEL.INPUT_TYPE,
+        run_dir=run_dir,
+        with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
+    )
     with_test = is_used(data, "TEST") and (config.TEST_MODEL or config.TEST_ONLY)
     if config.TEST_ONLY and not with_test:
         raise ConfigError("config.TEST_ONLY=true needs a test split: set config.DATA.TEST.DATA_SOURCES.")
@@ -393,81 +379,6 @@ def largest_label(splits: Splits) -> int | None:
         if dataset.labels.ndim == 1 and len(dataset.labels):
             largest.append(int(dataset.labels.max()))
     return max(largest, default=None)
-
-
-def make_feed(config: Config, splits: Splits, plan: Plan) -> Feed:
-    """Batches of both splits for this rank."""
-    train_set, test_set = splits.train, splits.test
-    assert train_set is not None
-
-    def pass_ended() -> None:
-        train_set.write_bad_images()
-        if test_set is not None:
-            test_set.write_bad_images()
-
-    return Feed(
-        train=train_feed(config, train_set, plan),
-        to_input=train_set.device_transform,
-        test=None if test_set is None else test_feed(config, test_set, plan),
-        to_test_input=None if test_set is None else test_set.device_transform,
-        identity={
-            "seed": config.SEED_VALUE,
-            "images": f"{len(train_set)} ({hash_of_paths(train_set)})",
-            "global batch": plan.global_batch,
-            "steps per epoch": plan.steps_per_epoch,
-        },
-        pass_ended=pass_ended,
-    )
-
-
-def hash_of_paths(dataset: ImageDataset) -> str:
-    """Which images a dataset has, and in which order; does not look at the files."""
-    text = "\n".join(dataset.paths.tolist()).encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-
-def train_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
-    """(epoch, first step, in this process) -> the micro-batches of this rank."""
-    world = distributed.current()
-
-    def batches(epoch: int, first_step: int, in_process: bool) -> Any:
-        options = loading(config, plan)
-        return train_batches(
-            dataset,
-            seed=config.SEED_VALUE,
-            epoch=epoch,
-            first_step=first_step,
-            batch_per_rank=plan.batch_per_rank,
-            accumulate=plan.accumulate,
-            rank=world.rank,
-            size=world.size,
-            drop_last=config.DATA.TRAIN.DROP_LAST,
-            **(options | {"workers": 0} if in_process else options),
-        )
-
-    return batches
-
-
-def test_feed(config: Config, dataset: ImageDataset, plan: Plan) -> Any:
-    """() -> this rank's batches of the test split."""
-    world = distributed.current()
-    return partial(
-        eval_batches,
-        dataset,
-        batch=config.DATA.TEST.BATCHSIZE_PER_REPLICA,
-        rank=world.rank,
-        size=world.size,
-        **loading(config, plan),
-    )
-
-
-def loading(config: Config, plan: Plan) -> dict[str, Any]:
-    """How batches are read."""
-    return {
-        "workers": plan.num_workers,
-        "method": config.MULTI_PROCESSING_METHOD,
-        "pin_memory": config.DATA.PIN_MEMORY and distributed.current().device.type == "cuda",
-    }
 
 
 def arithmetic(config: Config, plan: Plan) -> Arithmetic:

@@ -11,6 +11,7 @@ from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, table
 from vissl_like.config.saved import plain
 from vissl_like.config.schema import Config, Job, defaults
+from vissl_like.config.schema_model import Model
 from vissl_like.config.stages import changed
 from vissl_like.errors import ConfigError
 from vissl_like.launch import folder, slurm
@@ -18,6 +19,7 @@ from vissl_like.launch.dry_run_stages import stage_lines
 from vissl_like.launch.inputs import MODEL_ENGINES, check_inputs, check_transforms, splits_to_open
 from vissl_like.launch.local import plan_for
 from vissl_like.launch.machine import processes_for
+from vissl_like.registry import resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +69,12 @@ def open_split(job: Job, split: str) -> ImageDataset:
     config = job.config
     is_trained = job.engine_name == "train"
     return build_dataset(
-        config.DATA, split, seed=config.SEED_VALUE, train=is_trained, input_type=config.MODEL.INPUT_TYPE
+        config.DATA,
+        split,
+        seed=config.SEED_VALUE,
+        train=is_trained,
+        input_type=config.MODEL.INPUT_TYPE,
+        with_masks=config.MODEL.NAME == "decoupled",
     )
 
 
@@ -125,7 +132,11 @@ def model_parts(
 
         section, is_resolved = with_saved_heads(section)
         classes = 0 if is_resolved else classes
-    model = build_on_meta(section, num_classes=classes or None, image_size=shape[-2:], with_heads=with_heads)
+    model: Any
+    if section.NAME == "vision":
+        model = build_on_meta(section, num_classes=classes or None, image_size=shape[-2:], with_heads=with_heads)
+    else:
+        model = _other_on_meta(section, num_classes=classes or None, image_size=shape[-2:])
     if is_known:
         report = load_initial_weights(model, weights, feature_eval=config.MODEL.FEATURE_EVAL_SETTINGS)
         loaded = report.table().splitlines()
@@ -138,6 +149,14 @@ def model_parts(
     ]
 
 
+def _other_on_meta(section: Model, *, num_classes: int | None, image_size: tuple[int, ...]) -> Any:
+    import torch
+
+    build = resolve("model", section.NAME, key="MODEL.NAME")
+    with torch.device("meta"):
+        return build(section, num_classes=num_classes, image_size=image_size)
+
+
 def _parameters(config: Config, model: Any) -> list[str]:
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -145,7 +164,7 @@ def _parameters(config: Config, model: Any) -> list[str]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return [
         f"trunk {config.MODEL.TRUNK.NAME}: {count(model.trunk):,} parameters",
-        f"heads: {count(model.heads):,} parameters in {len(model.heads)}",
+        f"heads: {count(model.heads):,} parameters",
         f"trained: {trained:,}",
     ]
 

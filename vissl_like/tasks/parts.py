@@ -16,6 +16,8 @@ from vissl_like.analysis.class_metrics import ClassMetrics, TestFacts
 from vissl_like.config.schema_model import Loss
 from vissl_like.config.schema_parts import PartsLoss
 from vissl_like.core import distributed
+from vissl_like.data.mix import make_mix
+from vissl_like.errors import ConfigError
 from vissl_like.losses import affine as affine_maps
 from vissl_like.losses import parts as losses
 from vissl_like.losses.affine import Affine
@@ -58,9 +60,13 @@ class Parts(nn.Module):
     def build(cls, model: nn.Module, request: TaskRequest) -> Parts:
         """The task of a run."""
         assert request.num_classes is not None
+        mix = make_mix(request.mix, num_classes=request.num_classes, smoothing=request.loss.PARTS.SMOOTHING)
+        if mix is not None and isinstance(model, Decoupled):
+            raise ConfigError("config.DATA.MIX: images are mixed, their masks are not; leave it off with given masks.")
         return cls(
             model,
             loss=request.loss,
+            mix=mix,
             num_classes=request.num_classes,
             facts=request.facts,
             class_names=request.class_names,
