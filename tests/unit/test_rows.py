@@ -49,7 +49,7 @@ def test_a_file_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.npy").unlink()
     with pytest.raises(DataError, match=r"a\.npy: cannot be read"):
         file.take(np.array([1]))
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be read or written"):
         NpyFile.create(tmp_path / "no" / "b.npy", (3,), np.dtype("int64"))
 
 

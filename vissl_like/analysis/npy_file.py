@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vissl_like.errors import DataError
+from vissl_like.files import refusals_explained
 
 
 class NpyFile:
@@ -30,16 +31,19 @@ class NpyFile:
         """A new file of this size, filled with zeros. Raises DataError where the disk has no room for it."""
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        try:
-            with file.open("wb") as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                stream.flush()
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(stream.fileno(), stream.tell(), size)
-                else:
-                    stream.truncate(stream.tell() + size)
-        except OSError as error:
-            raise _cannot_write(file, error) from error
+        with refusals_explained(_final(file)):
+            try:
+                with file.open("wb") as stream:
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    stream.flush()
+                    if size and hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(stream.fileno(), stream.tell(), size)
+                    else:
+                        stream.truncate(stream.tell() + size)
+            except OSError as error:
+                file.unlink(missing_ok=True)
+                error.filename = None  # the message names the file that was to be made
+                raise
         return cls(file)
 
     def __len__(self) -> int:
@@ -62,12 +66,9 @@ class NpyFile:
 
     def write(self, start: int, array: np.ndarray) -> None:
         """Put rows in place, from row `start` on."""
-        try:
-            with open(self.file, "r+b") as stream:
-                stream.seek(self._offset + start * self._row_bytes)
-                stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise _cannot_write(self.file, error) from error
+        with refusals_explained(_final(self.file)), open(self.file, "r+b") as stream:
+            stream.seek(self._offset + start * self._row_bytes)
+            stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
 
     def _open(self) -> BinaryIO:
         try:
@@ -92,10 +93,9 @@ class NpyFile:
             raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
 
 
-def _cannot_write(file: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again."
-    )
+def _final(file: Path) -> Path:
+    """The name that a file has when it is finished."""
+    return file.with_name(file.name.removesuffix(".part"))
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
