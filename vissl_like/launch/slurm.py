@@ -26,7 +26,7 @@ from vissl_like.errors import ConfigError
 from vissl_like.launch import folder
 from vissl_like.launch.allocation import in_job
 from vissl_like.launch.folder import LaunchInfo
-from vissl_like.launch.machine import Processes
+from vissl_like.launch.machine import Processes, processes_for
 from vissl_like.launch.slurm_job import NodeCommand, started, state_of
 
 #: RUN.DIR/slurm.json: the last job that was submitted for this run.
@@ -64,6 +64,11 @@ def requested(config: Config) -> Processes:
         )
     local = options.NUM_PROC_PER_NODE or 1
     return Processes("cpu" if config.MACHINE.DEVICE == "cpu" else "gpu", local, local * options.NUM_NODES)
+
+
+def expected(config: Config) -> Processes:
+    """Devices and processes that a dry run speaks of: those of the batch job, if one is wanted, else those of a start here."""
+    return requested(config) if is_wanted(config) else processes_for(config)
 
 
 def submit(job: Job, run_dir: Path, info: LaunchInfo) -> Submission:
