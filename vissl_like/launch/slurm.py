@@ -23,6 +23,7 @@ from vissl_like.config.plan import make_plan
 from vissl_like.config.rules_launch import minutes_of
 from vissl_like.config.schema import Config, Job
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_json
 from vissl_like.launch import folder
 from vissl_like.launch.allocation import in_job
 from vissl_like.launch.folder import LaunchInfo
@@ -99,7 +100,7 @@ def submit(job: Job, run_dir: Path, info: LaunchInfo) -> Submission:
     except Exception as error:
         raise ConfigError(_refusal(error)) from error
     submission = Submission(SUBMITTED, sent.job_id, options.CLUSTER, str(sent.paths.stdout), tuple(argv))
-    folder.write_json(run_dir / SUBMISSION_FILE, asdict(submission))
+    write_json(run_dir / SUBMISSION_FILE, asdict(submission))
     return submission
 
 
