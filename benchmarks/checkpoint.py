@@ -138,7 +138,7 @@ def show(seconds: dict[str, list[float]], *, base: str) -> None:
     print(f"{'':<28}{'waits, s':>9}   x {base} (quartiles)")
     for name, values in seconds.items():
         ratios = [value / other for value, other in zip(values, seconds[base])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         print(f"{name:<28}{statistics.median(values):9.3f}   {middle:.3f} ({low:.3f} to {high:.3f})")
     found = statistics.median(a / b for a, b in zip(seconds["ours, in the background"], seconds[base]))
     print(f"goal: <= {GOAL} x {base}: {found:.3f}, {'reached' if found <= GOAL else 'MISSED'}")

@@ -172,7 +172,7 @@ def ratios(seconds: dict[str, list[float]], slow: str, fast: str) -> list[float]
 
 
 def in_words(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 

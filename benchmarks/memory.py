@@ -6,7 +6,8 @@
 
 Two runs of the program itself: drawn images of 16 x 16 pixels through a histogram of 2,048 grey values, then k-means on
 what they give. Peak memory is that of the largest process of a run, as the system counts it: with the pages of libraries
-and of mapped files. What an empty run takes, libraries alone, is printed beside it.
+and of mapped files, and with about 100 MB that PyTorch's libraries touch when a process ends. What a run of few rows takes,
+mostly libraries, is printed beside it.
 """
 
 from __future__ import annotations

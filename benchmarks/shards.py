@@ -80,7 +80,7 @@ def compare(calls: dict[str, Call], *, base: str, rounds: int, clock: Callable[[
     for name, spent in times.items():
         spent, of_base = spent[1:], times[base][1:]  # the first round warms the caches
         ratios = [mine / other for mine, other in zip(spent, of_base)]
-        low, _, high = statistics.quantiles(ratios, n=4)
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         each = statistics.median(spent) / images * 1e6
         print(f"  {name:<40}{each:8.1f} us   x {statistics.median(ratios):.2f}  ({low:.2f} to {high:.2f})")
 

@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Lightning is not installed and left out; for the comparison: pip install lightning")
     print(f"{'':<20}{'CPU s':>7}   x bare script (quartiles)")
     for name in commands("", 0):
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], seconds["bare script"])], n=4)
+        ratios = [a / b for a, b in zip(seconds[name], seconds["bare script"])]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         print(f"{name:<20}{statistics.median(seconds[name]):7.2f}   {middle:.2f} ({low:.2f} to {high:.2f})")
     ratio = statistics.median([a / b for a, b in zip(seconds["ours, first step"], seconds["bare script"])])
     print(f"goal: first step <= 1.25 x bare script: {ratio:.2f}, {'reached' if ratio <= 1.25 else 'MISSED'}")

@@ -52,9 +52,13 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all. Numbers of numpy and torch become plain ones, paths texts."""
     with replacing(file) as stream:
-        stream.write(f"{json.dumps(content, indent=1)}\n".encode())
+        stream.write(f"{json.dumps(content, indent=1, default=_plain)}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def write_array(file: Path, array: np.ndarray) -> None:

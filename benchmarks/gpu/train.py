@@ -233,7 +233,7 @@ def compare(setting: Setting, folder: Path, *, rounds: int, product: int) -> Non
     print(f"{flops / 1e9:.1f} GFLOP per training image; products of {product}: {limit / 1e12:.1f} TFLOP/s")
     print(f"{'':<28}{'images/s':>9}{'quartiles':>18}{'of products':>13}{'GB extra':>10}{'start, s':>10}")
     for name, values in speeds.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         share = middle * flops / limit
         print(
             f"{name:<28}{middle:9.1f}{f'{low:.1f} to {high:.1f}':>18}{share:13.3f}{memory[name]:10.2f}{starts[name]:10.1f}"

@@ -45,7 +45,10 @@ class Mortal(Supervised):
 def signal_to_all(delay_s: float) -> None:
     """By another process: PyTorch's loaders treat a signal from their parent otherwise."""
     if not delay_s:
-        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+        sent = subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True)
+        # The signal of another rank may strike this messenger before it has left the group; it has struck all, then.
+        if sent.returncode not in (0, -signal.SIGTERM):
+            raise RuntimeError(f"kill ended with {sent.returncode}")
         return
     children = " ".join(str(child.pid) for child in multiprocessing.active_children())
     commands = f"kill -TERM {children}; sleep {delay_s}; kill -TERM {os.getpid()}"

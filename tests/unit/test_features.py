@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,23 @@ def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     large["res4"][2, 0, 0, 0] = np.nan
     with pytest.raises(DataError, match="row 6 hold NaN or infinity. Look at the weights"):
         writer.write(1, large)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    rows, layers = 300, {"trunk": (2,)}
+    x = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2)
+    folder = tmp_path / "TRAIN"
+    FeatureWriter.prepare(folder, subject(rows), layers=layers, dtype="float32", shard_rows=1, block_rows=150)
+    writer, before = FeatureWriter(folder), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 100, before[1]))
+    try:
+        for block in range(2):
+            writer.write(block, {"trunk": x[150 * block : 150 * (block + 1)]})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    FeatureWriter.finish(folder)
+    assert np.array_equal(FeatureStore.open(tmp_path, "TRAIN").read(0, rows), x)
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

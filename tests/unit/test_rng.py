@@ -53,6 +53,14 @@ def test_permutation_has_every_row_once(seed: int, epoch: int, n: int) -> None:
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(n))
 
 
+@given(st.integers(0, 2**31), st.integers(0, 400), st.integers(0, 450), st.integers(1, 70))
+def test_a_sample_is_the_begin_of_the_permutation_however_it_is_read(seed: int, n: int, count: int, step: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rng, "_HASHED_AT_ONCE", step)
+        found = rng.sample(seed, 0, n, count=count)
+    assert np.array_equal(found, np.sort(rng.permutation(seed, 0, n)[:count]))
+
+
 def test_permutations_of_epochs_are_unrelated() -> None:
     n = 2000
     orders = [rng.permutation(seed, epoch, n) for seed in (0, 1) for epoch in range(3)]

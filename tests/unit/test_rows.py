@@ -49,8 +49,9 @@ def test_a_file_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.npy").unlink()
     with pytest.raises(DataError, match=r"a\.npy: cannot be read"):
         file.take(np.array([1]))
-    with pytest.raises(DataError, match="cannot be written"):
-        NpyFile.create(tmp_path / "no" / "b.npy", (3,), np.dtype("int64"))
+    np.save(tmp_path / "a.npy", blobs(n=40))
+    with pytest.raises(DataError, match=r"a\.npy: cannot be read or written"):
+        NpyFile.create(tmp_path / "a.npy" / "b.npy", (3,), np.dtype("int64"))
 
 
 # ------------------------------------------------------------------------------------------------------- rows and PCA

@@ -256,6 +256,24 @@ def test_a_dry_run_knows_the_processes_of_the_nodes(no_slurm: None, capsys: pyte
     assert "16 x 16 processes" in text and "#SBATCH --gpus-per-node=8\n" in text and "--nodes=2\n" in text
 
 
+def test_a_dry_run_knows_the_nodes_of_every_stage(no_slurm: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs that only the nodes have are no reason to refuse a pipeline on a login node."""
+    words = ["config=debug/clusterfit_digits", "config.SLURM.USE_SLURM=true", "config.MACHINE.DEVICE=gpu"]
+    more = ["config.DISTRIBUTED.NUM_NODES=2", "config.DISTRIBUTED.NUM_PROC_PER_NODE=4", "config.RUN.DRY_RUN=true"]
+    assert main([*words, *more]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --gpus-per-node=4\n" in text and "student: train" in text and not os.listdir()
+
+
+def test_a_dry_run_of_several_machines_wants_to_know_where_they_meet(
+    no_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["config=debug/supervised_synthetic", "config.DISTRIBUTED.NUM_NODES=2", "config.RUN.DRY_RUN=true"]
+    assert main(words) == 2
+    assert "config.DISTRIBUTED.ENDPOINT=''" in capsys.readouterr().err and not os.listdir()
+    assert main([*words, "config.DISTRIBUTED.ENDPOINT=10.0.0.1:29500"]) == 0
+
+
 def test_errors_of_the_configuration_come_before_everything(no_slurm: None, capsys: pytest.CaptureFixture[str]) -> None:
     lost = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE=none.pth"
     assert main([*SMALL, lost]) == 3

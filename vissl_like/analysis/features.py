@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.npy_file import NpyFile
+from vissl_like.analysis.npy_file import NpyFile, create_array
 from vissl_like.analysis.rows import as_float32, as_stored, spans
-from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, create_array, row_sums
+from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, row_sums
 from vissl_like.errors import DataError
 from vissl_like.files import damage, read_json, record_of, refusals_explained, write_array, write_json
 from vissl_like.registry import suggest
@@ -35,6 +35,8 @@ _INVALID = "invalid.npy"
 _ARRAYS = ("images.npy", "sizes.npy", "labels.npy")
 # Finished blocks are forced to the disk and then marked at this interval; a crash loses at most so much work.
 _MARK_EVERY_S = 10.0
+# Files that a writer has open at a time; the system allows a process 1,024 by default.
+_OPEN_FILES = 64
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +122,14 @@ class FeatureWriter:
 
     def write(self, block: int, features: Mapping[str, np.ndarray], *, valid: np.ndarray | None = None) -> None:
         """Write one block: {layer: (b, ...)}. Rows that are not `valid` (b,) stand for unreadable images."""
-        start, stop = self.blocks[block]
+        (start, stop), shard_rows = self.blocks[block], self.state["shard_rows"]
         for name, layer in self.state["layers"].items():
             array = self._stored(name, layer, features[name], start=start, stop=stop)
             self._put(_sums_file(self.folder, layer), row_sums(array), row=start)
-            for shard, (low, high) in enumerate(spans(self.state["rows"], self.state["shard_rows"])):
-                first, last = max(start, low), min(stop, high)
-                if first < last:
-                    self._put(
-                        self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low
-                    )
+            for shard in range(start // shard_rows, -(-stop // shard_rows)):
+                low = shard * shard_rows
+                first, last = max(start, low), min(stop, low + shard_rows)
+                self._put(self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low)
         if valid is not None:
             self._put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
         self._written.append(block)
@@ -165,6 +165,8 @@ class FeatureWriter:
 
     def _open(self, file: Path) -> tuple[int, int]:
         if file not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                self._force()
             with refusals_explained(file):
                 offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
                 self._files[file] = (os.open(file, os.O_RDWR), offset)
@@ -172,9 +174,7 @@ class FeatureWriter:
 
     def flush(self) -> None:
         """Force what was written to the disk, then mark its blocks as done."""
-        with refusals_explained(self.folder):
-            for handle, _ in self._files.values():
-                os.fsync(handle)
+        self._force()
         for block in self._written:
             self._put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
         self._written.clear()
@@ -183,9 +183,17 @@ class FeatureWriter:
     def close(self) -> None:
         """Flush and close; on every process, before finish()."""
         self.flush()
-        for handle, _ in self._files.values():
-            os.close(handle)
-        self._files.clear()
+        self._force()
+
+    def _force(self) -> None:
+        """Force the open files to the disk and close them."""
+        with refusals_explained(self.folder):
+            while self._files:
+                _, (handle, _) = self._files.popitem()
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
 
     @staticmethod
     def finish(folder: Path) -> dict[str, Any]:
@@ -305,8 +313,7 @@ def _damaged_blocks(folder: Path, wanted: dict[str, Any], done: np.ndarray) -> n
                 create_array(folder / name, shape=shape, dtype=layer["dtype"])
                 damaged.append(np.arange(start, stop))
             elif is_done[start:stop].any():
-                shard = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-                damaged.append(start + changed_rows(shard, sums[start:stop]))
+                damaged.append(start + changed_rows(NpyFile(folder / name), sums[start:stop]))
     return np.unique(np.concatenate(damaged) // block_rows)
 
 
@@ -353,7 +360,7 @@ class FeatureStore:
         self.shape, self.dtype = tuple(described["shape"]), described["dtype"]
         self.shard_rows = int(manifest["shard_rows"])
         self._shards = [self._map(file, number) for number, file in enumerate(described["shards"])]
-        self._sums = self._array(_sums_file(folder, described).relative_to(folder).as_posix())
+        self._sums = NpyFile(self._whole(_sums_file(folder, described).relative_to(folder).as_posix()))
         self._is_checked = np.zeros(self.rows, dtype=bool)
 
     @classmethod
@@ -383,6 +390,9 @@ class FeatureStore:
         return NpyFile(self.folder / file)
 
     def _array(self, name: str) -> np.ndarray:
+        return np.load(self._whole(name), allow_pickle=False)
+
+    def _whole(self, name: str) -> Path:
         """A file beside the shards, if it is as the extraction left it."""
         file = self.folder / name
         problem = damage(file, self.manifest.get("files", {}).get(name, {}))
@@ -391,13 +401,13 @@ class FeatureStore:
                 f"{file}: {problem}. Remove it and run the extraction again with the same configuration; it makes only what "
                 "is missing."
             )
-        return np.load(file, allow_pickle=False)
+        return file
 
     def _check(self, stored: np.ndarray, rows: np.ndarray) -> None:
         """Raise DataError if these rows (b, ...), as stored, do not have their checksums; each row is checked once."""
         if self._is_checked[rows].all():
             return
-        changed = rows[row_sums(stored) != self._sums[rows]]
+        changed = rows[row_sums(stored) != self._sums.take(rows)]
         if len(changed):
             shard = self.folder / self.manifest["layers"][self.layer]["shards"][int(changed[0]) // self.shard_rows]
             raise DataError(

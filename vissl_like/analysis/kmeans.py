@@ -166,7 +166,7 @@ def _sample(rows: Rows, *, k: int, seed: int, max_points_per_centroid: int) -> R
     if not limit or len(rows) <= limit:
         return rows
     logger.info("k-means trains on %d of %d rows (%d per cluster)", limit, len(rows), max_points_per_centroid)
-    return SelectedRows(rows, np.sort(rng.permutation(seed, 0, len(rows))[:limit]))
+    return SelectedRows(rows, rng.sample(seed, 0, len(rows), count=limit))
 
 
 # ----------------------------------------------------------------------------------------------------------------- torch

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vissl_like.errors import DataError
+from vissl_like.files import refusals_explained
 
 
 class NpyFile:
@@ -23,23 +24,12 @@ class NpyFile:
         array = np.load(file, mmap_mode="r", allow_pickle=False)  # only its header is looked at
         self.file, self.shape, self.dtype = file, array.shape, array.dtype
         self._offset = int(array.offset)
-        self._row_bytes = int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
+        self.row_bytes = int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
 
     @classmethod
     def create(cls, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> NpyFile:
-        """A new file of this size, filled with zeros. Raises DataError where the disk has no room for it."""
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        try:
-            with file.open("wb") as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                stream.flush()
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(stream.fileno(), stream.tell(), size)
-                else:
-                    stream.truncate(stream.tell() + size)
-        except OSError as error:
-            raise _cannot_write(file, error) from error
+        """A new file of zeros. Raises DataError where the disk has no room for it."""
+        create_array(file, shape=shape, dtype=dtype)
         return cls(file)
 
     def __len__(self) -> int:
@@ -62,12 +52,9 @@ class NpyFile:
 
     def write(self, start: int, array: np.ndarray) -> None:
         """Put rows in place, from row `start` on."""
-        try:
-            with open(self.file, "r+b") as stream:
-                stream.seek(self._offset + start * self._row_bytes)
-                stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise _cannot_write(self.file, error) from error
+        with refusals_explained(_final(self.file)), open(self.file, "r+b") as stream:
+            stream.seek(self._offset + start * self.row_bytes)
+            stream.write(np.ascontiguousarray(array, dtype=self.dtype).reshape(-1).view(np.uint8).data)
 
     def _open(self) -> BinaryIO:
         try:
@@ -80,7 +67,7 @@ class NpyFile:
             return
         place = target.reshape(-1).view(np.uint8).data
         try:
-            stream.seek(self._offset + row * self._row_bytes)
+            stream.seek(self._offset + row * self.row_bytes)
             while place:
                 count = stream.readinto(place)  # type: ignore[attr-defined]
                 if not count:
@@ -92,10 +79,33 @@ class NpyFile:
             raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
 
 
-def _cannot_write(file: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{file}: cannot be written ({error.strerror}). Free space or choose another folder, then start again."
-    )
+def _final(file: Path) -> Path:
+    """The name that a file has when it is finished."""
+    return file.with_name(file.name.removesuffix(".part"))
+
+
+def create_array(file: Path, *, shape: tuple[int, ...], dtype: str | np.dtype) -> None:
+    """A .npy file of zeros. Its space is reserved now: a full disk is an error before anything is computed."""
+    with refusals_explained(_final(file)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        try:
+            with file.open("wb") as stream:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.flush()
+                size = stream.tell() + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+                os.truncate(stream.fileno(), size)
+                if hasattr(os, "posix_fallocate") and size:
+                    os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            file.unlink(missing_ok=True)  # half a reservation helps nobody
+            error.filename = None  # the message names the file that was to be made
+            raise
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -6,41 +6,17 @@ A shard that is cut off is noticed by its size, one whose bytes have changed whe
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
 
+from vissl_like.analysis.npy_file import NpyFile
 from vissl_like.analysis.rows import spans
-from vissl_like.files import refusals_explained
 
 #: Beside the shards of a layer: uint64 (rows,), 0 for a row that is not written yet.
 SUMS = "sums.npy"
 #: Rows that are checked at once.
 _CHECK_BYTES = 1 << 24
-
-
-def create_array(file: Path, *, shape: tuple[int, ...], dtype: str) -> None:
-    """A .npy file of zeros. Its space is reserved now: a full disk is an error before anything is computed."""
-    with refusals_explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-        try:
-            with file.open("wb") as stream:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                    "fortran_order": False,
-                    "shape": shape,
-                }
-                np.lib.format.write_array_header_1_0(stream, header)
-                stream.flush()
-                size = stream.tell() + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-                os.truncate(stream.fileno(), size)
-                if hasattr(os, "posix_fallocate") and size:
-                    os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError:
-            file.unlink(missing_ok=True)  # half a reservation helps nobody
-            raise
 
 
 def array_problem(file: Path, *, shape: tuple[int, ...], dtype: str) -> str:
@@ -80,11 +56,11 @@ def _parts(count: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.arange(1, 2 * len(starts), 2, dtype=np.uint64)
 
 
-def changed_rows(shard: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Ascending rows of a mapped shard (n, ...) that do not have their checksums (n,)."""
-    size = max(1, _CHECK_BYTES // max(1, shard[:1].nbytes))
+def changed_rows(shard: NpyFile, sums: np.ndarray) -> np.ndarray:
+    """Ascending rows of a shard (n, ...) that do not have their checksums (n,)."""
+    size = max(1, _CHECK_BYTES // max(1, shard.row_bytes))
     parts = [
-        start + np.flatnonzero(row_sums(shard[start:stop]) != sums[start:stop])
+        start + np.flatnonzero(row_sums(shard.read(start, stop)) != sums[start:stop])
         for start, stop in spans(len(shard), size)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -170,7 +170,7 @@ class ClusterFit(Section):
         "given up where they make the objective of a block 0.1 % worse. Labels are always assigned in float32.",
     )
     CACHE_MB: int = option(
-        128, "Rows that each process keeps in host memory between iterations (torch); the others are read again.", ge=0
+        32, "Rows that each process keeps in host memory between iterations (torch); the others are read again.", ge=0
     )
     SEED: int = option(-1, "Seed of the initial centroids; -1: SEED_VALUE.", ge=-1)
     NUM_REDO: int = option(1, "Runs from different centroids; the lowest objective wins.", ge=1)

@@ -21,6 +21,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 # What a number is drawn for: the same coordinates must not give the same numbers for two purposes.
 _ORDER, _SAMPLE, _STEP, _MODEL = 1, 2, 3, 4
+# Rows that sample() looks at together.
+_HASHED_AT_ONCE = 1 << 20
 
 #: What numpy draws from within sample_scope().
 _scoped_numpy = np.random.MT19937(0)
@@ -48,13 +50,31 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     The rows are sorted by a hash of (seed, epoch, row), not drawn from a numpy generator, whose streams may change from
     one numpy to the next.
     """
+    return np.argsort(_hashes(seed, epoch, 0, n), kind="stable").astype(np.int64)
+
+
+def sample(seed: int, epoch: int, n: int, *, count: int) -> np.ndarray:
+    """The first `count` rows of permutation(), int64 (count,), in ascending order; memory for them alone, not for n rows."""
+    hashes, rows = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    step = max(count, _HASHED_AT_ONCE)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        hashes = np.concatenate([hashes, _hashes(seed, epoch, start, stop)])
+        rows = np.concatenate([rows, np.arange(start, stop)])
+        if len(rows) > count:
+            lowest = np.argpartition(hashes, count)[:count]
+            hashes, rows = hashes[lowest], rows[lowest]
+    return np.sort(rows)
+
+
+def _hashes(seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+    """A number for each of the rows start..stop, uint64, different for all rows: every step can be undone."""
     key = np.uint64(mix(_ORDER, seed, epoch))
     with np.errstate(over="ignore"):
-        value = (np.arange(n, dtype=np.uint64) ^ key) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN)
+        value = (np.arange(start, stop, dtype=np.uint64) ^ key) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        value = value ^ (value >> np.uint64(31))
-    return np.argsort(value, kind="stable").astype(np.int64)
+        return value ^ (value >> np.uint64(31))
 
 
 def _seed_globals(seed: int) -> None:

@@ -49,26 +49,33 @@ def comes_soon(asked: Callable[[], bool], *, within_s: float = 2.0) -> bool:
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[StopRequest]:
-    """Note the signals instead of dying from them; the former handlers are back afterwards.
+def handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Give signals to a handler; the former handlers are back afterwards.
 
-    Python handles signals in the main thread only: elsewhere nothing is noted.
+    Python handles signals in the main thread only: elsewhere nothing changes.
     """
-    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
+    before: dict[signal.Signals, Any] = {}
+    for number in numbers:
+        before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[StopRequest]:
+    """Note the signals instead of dying from them (in the main thread)."""
+    request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         global _was_asked
         _was_asked = True
         request.name = signal.Signals(number).name
 
-    before: dict[signal.Signals, Any] = {}
-    for asked in SIGNALS:
-        before[asked] = signal.signal(asked, note)
-    try:
+    with handled_by(note, *SIGNALS):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from vissl_like.data.images import ImageDataset
 from vissl_like.data.labels import write_label_files
 from vissl_like.engines.extract_features import extract_splits, features_folder, loading_of, open_split
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def cluster(config: Config, rows: Rows, *, what: str) -> KMeansResult:
     backend = pick_backend(options.CLUSTER_BACKEND)
     limit, order_seed = options.DATA_LIMIT, options.DATA_LIMIT_SAMPLING.SEED
     if 0 <= limit < len(rows):
-        rows = SelectedRows(rows, np.sort(rng.permutation(order_seed, 0, len(rows))[:limit]))
+        rows = SelectedRows(rows, rng.sample(order_seed, 0, len(rows), count=limit))
 
     def fit(threads: int, shard: Shard) -> KMeansResult:
         return kmeans(
@@ -305,7 +305,7 @@ def write_outputs(
     """Label files of each split, kmeans.json and report.npz; the clustered split comes first. On the main rank."""
     for number, one in enumerate(assigned):
         write_labels(config, one, found, output=output, is_main_split=number == 0)
-    (output / "kmeans.json").write_text(json.dumps(description(config, found, assigned[0]), indent=1) + "\n")
+    write_json(output / "kmeans.json", description(config, found, assigned[0]))
     write_report_data(
         output / "report.npz", assigned[0].store, assigned[0].labels, k=config.CLUSTERFIT.NUM_CLUSTERS,
         dataset=images, rows=rows, seed=_seed(config),

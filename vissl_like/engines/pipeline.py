@@ -56,7 +56,7 @@ def _run_stage(stage: StageJob, run_dir: Path, *, overwrite: bool) -> dict[str, 
         job = job.model_copy(update={"config": job.config.model_copy(update={"RUN": fresh})})
     # Written before the start, and after former outputs are gone: a killed stage must not go on with other inputs.
     folder.make(stage.run_dir)
-    folder.write_json(record, inputs)
+    write_json(record, inputs)
     return launch(job, stage.run_dir, LaunchInfo(recipe=stage.recipe))
 
 

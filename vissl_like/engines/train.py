@@ -217,6 +217,7 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
+    task = make_task(config, model, splits)  # asks for widths of outputs, which a sharded model cannot tell
     parallel.arrange(model, config, inner=model.read_modules())
     optimization = optimization.model_copy(update={"WEIGHT_DECAY": plan.weight_decay})
     groups = make_groups(model, optimization)
@@ -228,7 +229,7 @@ def train(
     try:
         training = Training(
             task=parallel.wrap_for_gradients(
-                make_task(config, model, splits),
+                task,
                 broadcast_buffers=config.DISTRIBUTED.BROADCAST_BUFFERS,
                 bucket_cap_mb=config.DISTRIBUTED.BUCKET_CAP_MB,
             ),

@@ -16,9 +16,10 @@ from vissl_like.config.stages import changed
 from vissl_like.errors import ConfigError
 from vissl_like.launch import folder, slurm
 from vissl_like.launch.dry_run_stages import stage_lines
+from vissl_like.launch.endpoint import endpoint_of
 from vissl_like.launch.inputs import MODEL_ENGINES, check_inputs, check_transforms, splits_to_open
 from vissl_like.launch.local import plan_for
-from vissl_like.launch.machine import processes_for
+from vissl_like.launch.machine import started_by_torchrun
 from vissl_like.registry import resolve
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     files = check_inputs(job)
     check_transforms(job)
     is_batch_job = slurm.is_wanted(job.config)
-    processes = slurm.requested(job.config) if is_batch_job else processes_for(job.config)
+    if job.config.DISTRIBUTED.NUM_NODES > 1 and not is_batch_job and not started_by_torchrun():
+        endpoint_of(job.config.DISTRIBUTED)
+    processes = slurm.expected(job.config)
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)

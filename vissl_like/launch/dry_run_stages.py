@@ -13,10 +13,9 @@ from vissl_like.config.schema import Job
 from vissl_like.config.schema_data import Split
 from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.errors import UserError
-from vissl_like.launch import folder
+from vissl_like.launch import folder, slurm
 from vissl_like.launch.inputs import MODEL_ENGINES, splits_to_open
 from vissl_like.launch.local import plan_for
-from vissl_like.launch.machine import processes_for
 
 if TYPE_CHECKING:
     from vissl_like.data.images import ImageDataset
@@ -42,7 +41,7 @@ def stage_lines(job: Job, run_dir: Path) -> Iterator[str]:
 def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Opened) -> Iterator[str]:
     from vissl_like.launch.dry_run import describe_split, model_parts
 
-    job, plan = plan_for(stage.job, processes_for(stage.job.config))
+    job, plan = plan_for(stage.job, slurm.expected(stage.job.config))
     if job.engine_name not in MODEL_ENGINES:
         return
     sets: dict[str, ImageDataset] = {}

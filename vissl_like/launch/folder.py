@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import logging
 import os
 import platform
@@ -14,18 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vissl_like import __version__
-from vissl_like.config.plan import Plan, write_plan
+from vissl_like import __version__, files
+from vissl_like.config.plan import PLAN_FILE, Plan, write_plan
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError, explained
-from vissl_like.files import refusals_explained
+from vissl_like.files import write_json
 from vissl_like.launch import outputs
 from vissl_like.launch.inputs import MANIFEST_FILE, input_fingerprints
 
 LAUNCH_FILE = "launch.json"
 RESULTS_FILE = "results.json"
-PLAN_FILE = "plan.json"
 OCCUPIED_FILE = ".running"
 
 log = logging.getLogger(__name__)
@@ -221,22 +219,5 @@ def _identity(pid: int) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if there is none or it is torn."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or not there."""
-    part = file.with_name(file.name + ".part")
-    with refusals_explained(file):
-        part.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
-        os.replace(part, file)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as plain ones."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """The mapping in a JSON file; empty if there is none or it is damaged."""
+    return files.read_json(file) or {}

@@ -17,7 +17,14 @@ from vissl_like.launch import outputs
 
 MANIFEST_FILE = "manifest.json"
 #: Engines that put images through a model.
-MODEL_ENGINES = ("train", "extract_features", "extract_label_predictions", "evaluate", "cluster_features", "evaluate_parts")
+MODEL_ENGINES = (
+    "train",
+    "extract_features",
+    "extract_label_predictions",
+    "evaluate",
+    "cluster_features",
+    "evaluate_parts",
+)
 
 #: Files up to this size are hashed whole, larger ones by size and both ends.
 _WHOLE_BYTES = 64 * 2**20

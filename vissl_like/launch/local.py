@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import Plan, make_plan, table
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
+from vissl_like.core.signals import SIGNALS, handled_by
 from vissl_like.errors import ConfigError, DataError, Stopped, UserError
 from vissl_like.launch import folder, logs, torchrun
 from vissl_like.launch.allocation import cores_of_node, starter
@@ -223,16 +222,9 @@ def follow() -> None:
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGUSR1 end what has not begun to listen to them (a loop that can save) with a message."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with handled_by(end, *SIGNALS):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

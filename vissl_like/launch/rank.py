@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import PLAN_FILE
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
-from vissl_like.core.signals import SIGNALS, end_unless_asked
+from vissl_like.core.signals import SIGNALS, end_unless_asked, handled_by
 from vissl_like.errors import Stopped, UserError
 from vissl_like.launch import logs
 from vissl_like.launch.endings import Lost, RunFailed, mistake
@@ -123,10 +122,7 @@ def _run_with_others(engine: Callable[[Job, Path], dict[str, Any]], job: Job, ru
 @contextlib.contextmanager
 def _interrupt_is_a_request() -> Iterator[None]:
     """Ctrl-C asks the loop to save and stop, as SIGTERM does, where the loop listens; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, before_listening = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before_listening = signal.getsignal(signal.SIGTERM)
     launcher, has_machines = os.getppid(), int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     asked = False
 
@@ -141,11 +137,8 @@ def _interrupt_is_a_request() -> Iterator[None]:
         log.info("stopping at the next step; press Ctrl-C again to stop at once without saving")
         signal.raise_signal(signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, interrupted)
-    try:
+    with handled_by(interrupted, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from vissl_like.config.plan import Plan
+from vissl_like.core.signals import SIGNALS, handled_by
 from vissl_like.errors import Stopped
 from vissl_like.launch import logs
 from vissl_like.launch.endings import Interrupted, Killed, RunFailed
@@ -139,9 +139,6 @@ def hand_on(number: int) -> bool:
 def forwarded_signals() -> Iterator[list[int]]:
     """Hand SIGTERM and SIGUSR1 on to the ranks, and Ctrl-C as SIGTERM; the numbers received are in the list."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def forward(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and received:
@@ -150,9 +147,5 @@ def forwarded_signals() -> Iterator[list[int]]:
         if not hand_on(number):  # too early to hand it on, and nobody would ask again
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with handled_by(forward, *SIGNALS, signal.SIGINT):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

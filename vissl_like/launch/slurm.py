@@ -23,10 +23,11 @@ from vissl_like.config.plan import make_plan
 from vissl_like.config.rules_launch import minutes_of
 from vissl_like.config.schema import Config, Job
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_json
 from vissl_like.launch import folder
 from vissl_like.launch.allocation import in_job
 from vissl_like.launch.folder import LaunchInfo
-from vissl_like.launch.machine import Processes
+from vissl_like.launch.machine import Processes, processes_for
 from vissl_like.launch.slurm_job import NodeCommand, started, state_of
 
 #: RUN.DIR/slurm.json: the last job that was submitted for this run.
@@ -66,6 +67,11 @@ def requested(config: Config) -> Processes:
     return Processes("cpu" if config.MACHINE.DEVICE == "cpu" else "gpu", local, local * options.NUM_NODES)
 
 
+def expected(config: Config) -> Processes:
+    """Devices and processes that a dry run speaks of: those of the batch job, if one is wanted, else those of a start here."""
+    return requested(config) if is_wanted(config) else processes_for(config)
+
+
 def submit(job: Job, run_dir: Path, info: LaunchInfo) -> Submission:
     """Submit a checked job, unless its run is finished or its last job still lives. Raises ConfigError."""
     job = folder.with_run_dir(job, run_dir)
@@ -94,7 +100,7 @@ def submit(job: Job, run_dir: Path, info: LaunchInfo) -> Submission:
     except Exception as error:
         raise ConfigError(_refusal(error)) from error
     submission = Submission(SUBMITTED, sent.job_id, options.CLUSTER, str(sent.paths.stdout), tuple(argv))
-    folder.write_json(run_dir / SUBMISSION_FILE, asdict(submission))
+    write_json(run_dir / SUBMISSION_FILE, asdict(submission))
     return submission
 
 

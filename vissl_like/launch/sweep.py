@@ -25,6 +25,7 @@ from typing import Any
 
 from vissl_like.config.check import Loaded, load_sweep
 from vissl_like.config.schema import Config
+from vissl_like.core.signals import SIGNALS, handled_by
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -228,12 +229,8 @@ def _signals() -> Iterator[list[int]]:
             if child.pid is not None and number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
                 os.kill(child.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with handled_by(forward, *SIGNALS, signal.SIGINT):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _summary(points: list[Point], lines: list[dict[str, Any]]) -> str:

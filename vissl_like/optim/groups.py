@@ -17,6 +17,7 @@ from torch import nn
 
 from vissl_like.config.schema_model import Optimizer as OptimizerOptions
 from vissl_like.config.schema_model import ParamGroup
+from vissl_like.core.parallel import is_part
 from vissl_like.errors import ConfigError
 from vissl_like.optim.schedules import StepRates
 from vissl_like.registry import resolve
@@ -46,6 +47,8 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
 #: Optimizers that do a step in one pass over the memory (half the time of one operation after the other, results equal
 #: but for rounding), unless OPTIMIZER.OPTIONS says how they should do it.
 _FUSED = ("sgd", "adam", "adamw")
+#: Those of them that PyTorch can do so with sharded weights.
+_FUSED_SHARDED = ("adam", "adamw")
 _WAYS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -205,7 +208,8 @@ def build_optimizer(groups: Sequence[Group], options: OptimizerOptions) -> torch
     parameters = [{"params": list(group.parameters), "lr": 0.0, "weight_decay": group.weight_decay} for group in groups]
     arguments = {name: getattr(options, key) for name, key in _ARGUMENTS.get(options.NAME, {}).items()}
     arguments |= options.OPTIONS
-    if options.NAME in _FUSED and not _WAYS & arguments.keys():
+    is_sharded = any(is_part(parameter) for group in groups for parameter in group.parameters)
+    if options.NAME in (_FUSED_SHARDED if is_sharded else _FUSED) and not _WAYS & arguments.keys():
         arguments["fused"] = True
     idle = _set_but_not_taken(options)
     if idle:
