@@ -244,7 +244,7 @@ def test_fused_steps_equal_single_operations(name: str) -> None:
         for step in range(20):
             layer.zero_grad()
             layer(torch.full((4, 50), step / 10, dtype=torch.float64)).square().mean().backward()
-            set_rates(optimizer, groups, lr=0.01 * (1 + step % 3), lr_head=0.01, weight_decay=None)
+            set_rates(optimizer, groups, StepRates(0.01 * (1 + step % 3), 0.01, None))
             optimizer.step()
         trained.append(layer.weight.detach())
     torch.testing.assert_close(*trained, rtol=1e-10, atol=1e-12)
