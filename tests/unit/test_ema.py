@@ -80,3 +80,19 @@ def test_state_goes_on() -> None:
     assert torch.equal(other.state_dict()["0.weight"], first)
     with pytest.raises(WeightsError, match=r"0\.bias"):
         other.load_state_dict({})
+
+
+def test_rising_decay_is_timms() -> None:
+    """1 - (1 + n)^(-2/3) with n updates before, until that exceeds DECAY."""
+    from timm.utils import ModelEmaV3
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ours = Ema(model, options=Options(DECAY=0.7, WARMUP=0.0, RISING_DECAY=True), total_steps=10)
+    theirs = ModelEmaV3(model, decay=0.7, use_warmup=True)
+    for step in range(1, 11):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        ours.update(step)
+        theirs.update(model, step=step - 1)
+        torch.testing.assert_close(ours.state_dict()["weight"], theirs.module.weight.data, rtol=1e-6, atol=1e-6)

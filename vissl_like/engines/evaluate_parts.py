@@ -34,6 +34,7 @@ from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
 from vissl_like.models.parts import StageOne
 from vissl_like.models.two_stage import TwoStage, leave_one_out
+from vissl_like.outputs.part_figures import Pixels, is_drawn, save_part_maps
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class _Evaluation:
         assert splits.test is not None
         self.config, self.splits, self.run_dir = config, splits, run_dir
         self.options, self.test = config.EVALUATE_PARTS, splits.test
+        self.is_drawn = False
         world = distributed.current()
         device = "gpu" if world.device.type == "cuda" else "cpu"
         self.plan = make_plan(
@@ -143,10 +145,22 @@ class _Evaluation:
             return {"maps": found.maps, "part_dot": found.part_dot}
 
         batches = self.loading.batches(dataset, blocks)
-        for rows, (_, found) in zip(
+        for rows, (read, found) in zip(
             blocks, outputs(self.model, batches, call, to_input=dataset.device_transform, loading=self.loading)
         ):
-            yield rows, torch.from_numpy(found["maps"]), torch.from_numpy(found["part_dot"])
+            maps = torch.from_numpy(found["maps"])
+            if dataset is self.test and not self.is_drawn:
+                self.draw(read["data"], maps, rows)
+            yield rows, maps, torch.from_numpy(found["part_dot"])
+        self.is_drawn = self.is_drawn or dataset is self.test
+
+    def draw(self, images: Tensor, maps: Tensor, rows: np.ndarray) -> None:
+        """Draw the maps of this batch into RUN.DIR/part_maps if it is one of those that are."""
+        options, seed = self.config.PART_MAPS, self.config.SEED_VALUE
+        batch = int(rows[0]) // self.config.DATA.TEST.BATCHSIZE_PER_REPLICA
+        if is_drawn(options, seed=seed, epoch=0, num_epochs=0, batch=batch):
+            pixels = Pixels.of(self.config.DATA.TEST.TRANSFORMS)(images)
+            save_part_maps(self.run_dir, pixels, maps, rows=rows.tolist(), epoch=0, batch=batch, options=options)
 
     def found(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor]]:
         return ((rows, maps) for rows, maps, _ in self.maps(dataset))

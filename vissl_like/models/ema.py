@@ -21,6 +21,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, *, options: EmaOptions, total_steps: int) -> None:
         self._decay, self._every = options.DECAY, options.UPDATE_ITER
+        self._is_rising = options.RISING_DECAY
         self._warmup_steps = options.WARMUP * total_steps
         self._weights = dict(model.state_dict())
         # Of a sharded model the rows that lie here: the average of rows is the rows of the average.
@@ -40,8 +41,14 @@ class Ema:
         if step <= self._warmup_steps:
             torch._foreach_copy_(averages, weights)
         else:
-            torch._foreach_lerp_(averages, weights, 1.0 - self._decay)
+            torch._foreach_lerp_(averages, weights, 1.0 - self._decay_at(step))
         _copy_all(*self._whole)
+
+    def _decay_at(self, step: int) -> float:
+        """DECAY, or what RISING_DECAY has reached of it."""
+        if not self._is_rising:
+            return self._decay
+        return min(self._decay, 1 - (step // self._every) ** (-2 / 3))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the model's names."""
