@@ -125,7 +125,7 @@ class PartMaps(Section):
         ge=0,
         le=1,
     )
-    EVERY_EPOCHS: int = option(10, "Drawn at the tests of every this many epochs, of the first and of the last.", ge=1)
+    EVERY_EPOCHS: int = option(10, "Of models in training: every this many epochs, the first and the last.", ge=1)
     HEAT_MAPS: bool = option(False, "Also draw the map of each part by itself.")
     MAX_IMAGES: int = option(16, "Images of a batch that are drawn.", ge=1)
 
