@@ -156,7 +156,7 @@ def test_a_read_only_disk(images: Path, small_disk: Path) -> None:
 
 def test_too_many_open_files(images: Path, tmp_path: Path) -> None:
     many = options(images, "config.EXTRACT_FEATURES.SHARD_ROWS=2")
-    failed = start("extract_features", tmp_path / "run", *many, env={"OPEN_FILES": "50"})
+    failed = start("extract_features", tmp_path / "run", *many, env={"OPEN_FILES": "18"})
     assert_clear(failed, ".npy: this process may open no more files", "ulimit -n")
     done = start("extract_features", tmp_path / "run", *many)
     assert done.returncode == 0, done.stderr
