@@ -231,7 +231,9 @@ def test_a_dry_run_tells_everything_and_makes_nothing(workplace: Path, capsys: p
 def test_a_dry_run_for_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["config=debug/supervised_synthetic", "config.RUN.DRY_RUN=true", "config.DISTRIBUTED.NUM_NODES=2"]
     assert main([*overrides, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.MACHINE.DEVICE=cpu"]) == 0
-    assert "16 x 4 processes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "16 x 4 processes" in shown and "config.DISTRIBUTED.ENDPOINT=HOST:PORT" in shown
+    assert main([*overrides, "config.DISTRIBUTED.ENDPOINT=nowhere"]) == 2
 
 
 def test_a_dry_run_finds_the_same_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

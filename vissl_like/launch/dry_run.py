@@ -38,7 +38,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     files = check_inputs(job)
     check_transforms(job)
     is_batch_job = slurm.is_wanted(job.config)
-    if job.config.DISTRIBUTED.NUM_NODES > 1 and not is_batch_job and not started_by_torchrun():
+    meets = job.config.DISTRIBUTED.NUM_NODES > 1 and not is_batch_job and not started_by_torchrun()
+    if meets and job.config.DISTRIBUTED.ENDPOINT:
         endpoint_of(job.config.DISTRIBUTED)
     processes = slurm.expected(job.config)
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
@@ -53,6 +54,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
         ("Inferred values", [*table(plan).splitlines(), *(f"warning: {text}" for text in plan.warnings)]),
         ("Files", [f"found {path}" for path in files] or ["none are named in the configuration"]),
     ]
+    if meets and not job.config.DISTRIBUTED.ENDPOINT:
+        parts.append(("To start it", ["the same command on every machine, with config.DISTRIBUTED.ENDPOINT=HOST:PORT"]))
     if is_batch_job:
         parts.append(("Batch job", slurm.batch_text(job, run_dir).splitlines()))
     if job.engine_name == "pipeline":
