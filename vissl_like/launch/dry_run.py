@@ -168,9 +168,10 @@ def _parameters(config: Config, model: Any) -> list[str]:
         return sum(parameter.numel() for parameter in module.parameters())
 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    is_plain = config.MODEL.NAME == "vision"
     return [
         f"trunk {config.MODEL.TRUNK.NAME}: {count(model.trunk):,} parameters",
-        f"heads: {count(model.heads):,} parameters",
+        f"heads: {count(model.heads):,} parameters" + (f" in {len(model.heads)}" if is_plain else ""),
         f"trained: {trained:,}",
     ]
 
