@@ -107,7 +107,7 @@ def test_labels_and_distances_are_those_of_the_centroids(features: Path, alone: 
     labels, distances, centroids = (
         np.load(folder / f"{prefix}_{name}.npy") for name in ("labels", "distances", "centroids")
     )
-    x = np.concatenate([np.load(file) for file in sorted((features / "TRAIN" / "trunk").glob("*.npy"))])
+    x = np.concatenate([np.load(file) for file in sorted((features / "TRAIN" / "trunk").glob("shard_*.npy"))])
     squared = ((x[:, None].astype(np.float64) - centroids) ** 2).sum(2)
     assert labels.dtype == np.int64 and labels.shape == (ROWS,) and distances.dtype == np.float32
     assert (labels == squared.argmin(1)).mean() > 0.999

@@ -84,14 +84,16 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     files = {split: assign_split(rows[split], found, output=output, split=split, config=config) for split in stores}
 
     def publish() -> dict[str, Any]:
-        assigned = [
-            Assigned(split, store, *(np.load(file, mmap_mode="r", allow_pickle=False) for file in files[split]))
-            for split, store in stores.items()
-        ]
-        write_outputs(config, assigned, found, output=output, images=images, rows=rows[main_split])
-        for file in chain.from_iterable(files.values()):
-            file.unlink()
-        return _results(config, found, assigned)
+        try:
+            assigned = [
+                Assigned(split, store, *(np.load(file, mmap_mode="r", allow_pickle=False) for file in files[split]))
+                for split, store in stores.items()
+            ]
+            write_outputs(config, assigned, found, output=output, images=images, rows=rows[main_split])
+            return _results(config, found, assigned)
+        finally:
+            for file in chain.from_iterable(files.values()):
+                file.unlink(missing_ok=True)
 
     return results | on_main(publish)
 
