@@ -15,6 +15,7 @@ import numpy as np
 from vissl_like.config.schema_data import TrainSplit
 from vissl_like.core import rng
 from vissl_like.data.annotated import ImageFiles, required_folder
+from vissl_like.data.datasets import stratified_split
 from vissl_like.data.decode import Unreadable, read_image
 from vissl_like.data.source import SourceRequest
 from vissl_like.data.tables import Table, aligned, read_table
@@ -116,11 +117,8 @@ def kept_rows(labels: np.ndarray, options: TrainSplit) -> np.ndarray:
     count = int(options.FRACTION * len(labels))
     if options.ORDER == "file":
         return np.arange(count)
-    random = np.random.RandomState(rng.mix(options.SEED, 17) % 2**32)
-    order = np.concatenate([random.permutation(np.flatnonzero(labels == k)) for k in np.unique(labels)])
-    counts = np.bincount(labels)
-    within = np.concatenate([(np.arange(number) + 0.5) / number for number in counts if number])
-    return np.sort(order[np.argsort(within, kind="stable")][:count])
+    sizes = {"kept": count, "left": len(labels) - count}
+    return stratified_split(labels, sizes=sizes, seed=rng.mix(options.SEED, 17) % 2**32)["kept"]
 
 
 class CubSource(ImageFiles):

@@ -71,6 +71,7 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
 def open_split(job: Job, split: str) -> ImageDataset:
     """The data set of a split, as the job would have it."""
     from vissl_like.data.dataset import build_dataset
+    from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 
     config = job.config
     is_trained = job.engine_name == "train"
@@ -80,7 +81,7 @@ def open_split(job: Job, split: str) -> ImageDataset:
         seed=config.SEED_VALUE,
         train=is_trained,
         input_type=config.MODEL.INPUT_TYPE,
-        with_masks=config.MODEL.NAME == "decoupled",
+        with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
     )
 
 
