@@ -51,10 +51,15 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
             raise
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file (UTF-8), whole or not at all."""
+    with replacing(file) as stream:
+        stream.write(text.encode())
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all. Numbers of numpy and torch become plain ones, paths texts."""
-    with replacing(file) as stream:
-        stream.write(f"{json.dumps(content, indent=1, default=_plain)}\n".encode())
+    write_text(file, f"{json.dumps(content, indent=1, default=_plain)}\n")
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """config.yaml: written, read, compared."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from vissl_like.config.check import load_job
 from vissl_like.config.saved import config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
-from vissl_like.errors import ConfigError
+from vissl_like.errors import ConfigError, DataError
 
 
 def job(*overrides: str) -> Job:
@@ -69,3 +70,16 @@ def test_the_same_steps_by_other_numbers_are_the_same_run() -> None:
 
 def test_another_engine_is_another_run() -> None:
     assert config_hash(job()) != config_hash(job("engine_name=extract_features"))
+
+
+def test_a_write_that_breaks_off_leaves_the_former_file(tmp_path: Path) -> None:
+    """A launch that was killed while it wrote config.yaml left half of it, and the next one refused the folder."""
+    write_job(job(), tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(DataError, match=r"config\.yaml"):
+            write_job(job("config.RUN.NAME=other"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read_job(tmp_path) == job()

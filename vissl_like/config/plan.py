@@ -6,7 +6,6 @@ The configuration itself is never changed; the Plan stands beside it, is printed
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Schedule
 from vissl_like.data.order import steps_per_epoch, unused_rows
+from vissl_like.files import write_json
 from vissl_like.optim.scaling import child_schedules, normalized_weight_decay, scale_factor, scale_schedule
 
 PLAN_FILE = "plan.json"
@@ -287,7 +287,7 @@ def write_plan(plan: Plan, run_dir: Path) -> None:
         "rows": [dataclasses.asdict(row) for row in plan.rows],
         "warnings": list(plan.warnings),
     }
-    (run_dir / PLAN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(run_dir / PLAN_FILE, content)
 
 
 def _show(value: Any) -> str:

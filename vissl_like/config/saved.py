@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vissl_like.config.recipes import flatten
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_text
 
 CONFIG_FILE = "config.yaml"
 
@@ -52,7 +53,7 @@ def plain(job: Job) -> dict[str, Any]:
 def write_job(job: Job, run_dir: Path) -> None:
     """Write RUN.DIR/config.yaml."""
     text = yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True, width=120)
-    (run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_text(run_dir / CONFIG_FILE, text)
 
 
 def read_job(run_dir: Path) -> Job:

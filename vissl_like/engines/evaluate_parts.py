@@ -5,7 +5,6 @@ TEST is measured; the keypoint regression and the thresholds learn from TRAIN, s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -32,6 +31,7 @@ from vissl_like.engines import feeds, train
 from vissl_like.engines.feeds import Splits
 from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_json
 from vissl_like.models.parts import StageOne
 from vissl_like.models.two_stage import TwoStage, leave_one_out
 from vissl_like.outputs.part_figures import Pixels, is_drawn, save_part_maps
@@ -229,6 +229,6 @@ class _Evaluation:
                 if lost:
                     log.warning("parts %s own no token of TRAIN: their threshold lets everything pass", ", ".join(lost))
                 plain = {part: max(value, -1e30) for part, value in found.items()}
-                (folder / f"{1 - q:g}.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+                write_json(folder / f"{1 - q:g}.json", plain)
 
         on_main(write)

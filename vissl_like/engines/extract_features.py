@@ -26,6 +26,7 @@ from vissl_like.data.dataset import SPLITS, build_dataset, is_used
 from vissl_like.data.images import ImageDataset, Sample
 from vissl_like.data.loader import close_workers
 from vissl_like.errors import ConfigError
+from vissl_like.files import write_text
 from vissl_like.models.heads import has_open_sizes, resolve_from_state
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.models.zoo import build_model, stores_heads
@@ -236,7 +237,7 @@ def load_model(config: Config, dataset: ImageDataset, run_dir: Path, *, with_hea
     report = load_initial_weights(model, config.MODEL.WEIGHTS_INIT, feature_eval=settings)
     if distributed.is_main():
         log.info("%s", report.table())
-        (run_dir / WEIGHTS_REPORT).write_text(report.to_json())
+        write_text(run_dir / WEIGHTS_REPORT, report.to_json())
         if not report.source and report.trunk.total:
             log.warning(
                 "NO WEIGHTS: config.MODEL.WEIGHTS_INIT.PARAMS_FILE is empty, so what follows comes from an UNTRAINED network."

@@ -28,6 +28,7 @@ from vissl_like.data.images import ImageDataset
 from vissl_like.engines.feeds import Splits, loading, make_feed, test_feed, train_feed
 from vissl_like.engines.part_setup import MODELS_WITH_MASKS, make_groups, start_prototypes, test_facts
 from vissl_like.errors import ConfigError, WeightsError
+from vissl_like.files import write_text
 from vissl_like.models.ema import Ema
 from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
@@ -205,7 +206,7 @@ def start_weights(model: VisionModel, config: Config, run_dir: Path) -> None:
     report = load_initial_weights(model, config.MODEL.WEIGHTS_INIT, feature_eval=config.MODEL.FEATURE_EVAL_SETTINGS)
     if distributed.is_main():
         log.info("%s", report.table())
-        (run_dir / WEIGHTS_REPORT).write_text(report.to_json())
+        write_text(run_dir / WEIGHTS_REPORT, report.to_json())
 
 
 def train(

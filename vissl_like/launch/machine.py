@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from vissl_like import __version__
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config
 from vissl_like.errors import ConfigError
-from vissl_like.files import refusals_explained
+from vissl_like.files import write_json
 
 ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = (
@@ -69,9 +68,7 @@ def processes_for(config: Config) -> Processes:
 
 def write_environment(run_dir: Path) -> None:
     """Write environment.json: versions and hardware. Environment variables are never written."""
-    text = json.dumps(environment(), indent=1)
-    with refusals_explained(run_dir / ENVIRONMENT_FILE):
-        (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(run_dir / ENVIRONMENT_FILE, environment())
 
 
 def environment() -> dict[str, Any]:

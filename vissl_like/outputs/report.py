@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 
+from vissl_like.files import write_text
 from vissl_like.outputs import report_sections
 from vissl_like.outputs.run_folder import REPORT_FILE, RunFolder, Section
 
@@ -17,9 +17,7 @@ def write_report(run_dir: Path) -> Path:
     run = RunFolder(run_dir)
     sections = [section for make in report_sections.SECTIONS if (section := make(run)) is not None]
     page = _page(run, sections, headline=report_sections.headline(run))
-    beside = run_dir / (REPORT_FILE + ".new")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, run_dir / REPORT_FILE)
+    write_text(run_dir / REPORT_FILE, page)
     return run_dir / REPORT_FILE
 
 

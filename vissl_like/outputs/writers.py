@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vissl_like.errors import ConfigError
-from vissl_like.files import refusals_explained, replacing
+from vissl_like.files import refusals_explained, replacing, write_text
 from vissl_like.outputs import console
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def wandb_id(run_dir: Path, *, given: str = "") -> str:
     known = path.read_text().strip() if path.exists() else ""
     chosen = given or known or uuid.uuid4().hex[:8]
     if chosen != known:
-        path.write_text(chosen + "\n")
+        write_text(path, chosen + "\n")
     return chosen
 
 
