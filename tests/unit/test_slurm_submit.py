@@ -265,13 +265,15 @@ def test_a_dry_run_knows_the_nodes_of_every_stage(no_slurm: None, capsys: pytest
     assert "#SBATCH --gpus-per-node=4\n" in text and "student: train" in text and not os.listdir()
 
 
-def test_a_dry_run_of_several_machines_wants_to_know_where_they_meet(
+def test_a_dry_run_of_several_machines_says_that_a_start_must_know_where_they_meet(
     no_slurm: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["config=debug/supervised_synthetic", "config.DISTRIBUTED.NUM_NODES=2", "config.RUN.DRY_RUN=true"]
+    words = ["config=debug/supervised_synthetic", "config.DISTRIBUTED.NUM_NODES=2"]
+    assert main([*words, "config.RUN.DRY_RUN=true"]) == 0
+    assert "config.DISTRIBUTED.ENDPOINT" in capsys.readouterr().out
     assert main(words) == 2
     assert "config.DISTRIBUTED.ENDPOINT=''" in capsys.readouterr().err and not os.listdir()
-    assert main([*words, "config.DISTRIBUTED.ENDPOINT=10.0.0.1:29500"]) == 0
+    assert main([*words, "config.RUN.DRY_RUN=true", "config.DISTRIBUTED.ENDPOINT=10.0.0.1:29500"]) == 0
 
 
 def test_errors_of_the_configuration_come_before_everything(no_slurm: None, capsys: pytest.CaptureFixture[str]) -> None:
