@@ -17,6 +17,7 @@ from vissl_like.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "torchvision", "timm", "transformers", "faiss", "wandb", "matplotlib", "sklearn", "scipy", "submitit")
+UNASKED = ("torchvision", "torch._dynamo", "torch.distributed.fsdp", "timm", "transformers", "sklearn", "matplotlib")
 TORCH_FREE = ("config/", "launch/main.py", "errors.py", "registry.py", "optim/scaling.py", "data/order.py")
 
 
@@ -105,3 +106,11 @@ def test_answers_without_heavy_imports(module: str) -> None:
 )
 def test_every_registered_component_exists(kind: str, name: str) -> None:
     assert callable(registry.resolve(kind, name, key="TEST"))
+
+
+@pytest.mark.parametrize("engine", ["train", "extract_features", "cluster_features", "evaluate"])
+def test_an_engine_loads_no_library_that_its_job_may_not_need(engine: str) -> None:
+    """torchvision brings PyTorch's compiler: 170 MB in each process, and seconds. So image code imports it when used."""
+    program = f"import sys, vissl_like.engines.{engine}; print([n for n in {UNASKED!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

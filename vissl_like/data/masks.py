@@ -8,7 +8,7 @@ stays where the object's edge is. What comes in from outside of the image is no 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,6 @@ from torchvision.transforms import v2
 
 from vissl_like.data.transforms import CropOnMask
 
-#: Transforms that would move the image without its mask, and what to use.
-_WOULD_PART: dict[str, str] = {
-    **dict.fromkeys(
-        ("AugMix", "AutoAugment", "RandAugment", "TrivialAugmentWide", "VisslAutoAugment"),
-        "RandomAffine and ColorJitter",
-    ),
-    "ImgPilResizeLargerSide": "Resize with size: null and max_size",
-    "ImgRotatePil": "RandomRotation",
-    "MNISTImgPil2RGB": "Pad",
-    "TimmTrain": "RandomResizedCrop, RandomHorizontalFlip and ColorJitter",
-}
 _CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
 #: Transforms of torchvision that would warn of a mask, or make something else of it.
 _FOR_IMAGES = (v2.RandomErasing, v2.ToPureTensor)
@@ -79,25 +68,3 @@ def joint(step: Any) -> Callable[[Any, ObjectMask], tuple[Any, ObjectMask]]:
         return step
     takes_both = isinstance(step, CropOnMask | v2.Transform) and not isinstance(step, _FOR_IMAGES)
     return step if takes_both else ImageOnly(step)
-
-
-def mask_problems(transforms: Sequence[Any], *, key: str, with_masks: bool) -> list[str]:
-    """What in a TRANSFORMS list does not go with masks or, `with_masks` false, without them; one message each."""
-    problems: list[str] = []
-    for position, entry in enumerate(transforms):
-        if not isinstance(entry, dict):
-            continue
-        where, name = f"{key}[{position}]", entry.get("name")
-        if with_masks and name in _WOULD_PART:
-            problems.append(
-                f"{where}.name={name!r}: it would move the image but not its mask, which this model is given, too. "
-                f"Use {_WOULD_PART[name]}."
-            )
-        if not with_masks and name == "CropOnMask":
-            problems.append(
-                f"{where}.name='CropOnMask': there are no masks, which only decoupled models get. Use RandomCrop."
-            )
-        inner = entry.get("transforms")
-        if isinstance(inner, list):
-            problems += mask_problems(inner, key=f"{where}.transforms", with_masks=with_masks)
-    return problems

@@ -22,7 +22,7 @@ from PIL import Image
 from vissl_like.data import photometric
 from vissl_like.data.decode import Encoded, Unreadable
 from vissl_like.data.geometry import FusedGeometry, find_fused
-from vissl_like.data.masks import ObjectMask, joint, mask_problems
+from vissl_like.data.mask_rules import mask_problems
 from vissl_like.data.transforms import OWN_TRANSFORMS, image_to_uint8, interpolation_mode
 from vissl_like.errors import ConfigError
 from vissl_like.registry import quick_imports, suggest
@@ -153,6 +153,8 @@ class Views:
 
     def together(self, image: Image.Image, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """One image and the mask of its object, bool (H, W) -> (as by calling, bool (H', W')), moved alike."""
+        from vissl_like.data.masks import ObjectMask
+
         current: tuple[Any, ObjectMask] = (image, ObjectMask.of(mask))
         for name, step in self.steps:
             try:
@@ -257,6 +259,8 @@ def _assemble(
     device = DeviceTransform(divide_by_255=divide, mean=mean, std=std, augment=augment)
     names = makers_of_labels[0].class_names if makers_of_labels else None  # type: ignore[attr-defined]
     if with_masks:
+        from vissl_like.data.masks import joint
+
         steps = [(name, joint(step)) for name, step in kept]
         return Views(steps=steps, device_transform=device, with_masks=True), problems
     fused = find_fused([step for _, step in kept], use_reduced=use_reduced)
