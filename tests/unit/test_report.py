@@ -351,13 +351,19 @@ def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> N
 
 
 def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:
-    stages = {"STAGES": [{"NAME": "train"}, {"NAME": "measure"}]}
+    stages = {"STAGES": [{"NAME": "train"}, {"NAME": "measure_epoch_0"}, {"NAME": "measure"}]}
     run_dir = make_run(tmp_path / "whole", engine="pipeline", PIPELINE=stages)
     draw_parts(make_run(run_dir / "train"), epoch=8, batch=0)
-    measured = make_run(run_dir / "measure", engine="evaluate_parts")
-    write_json(measured / "results.json", {"ari": 30.0})
+    before, measured = (make_run(run_dir / name, engine="evaluate_parts") for name in ("measure_epoch_0", "measure"))
+    write_json(before / "results.json", {"ari": 21.0})
+    write_json(measured / "results.json", {"ari": 30.0, "test_top_1": 55.0, "test_macro_top_1": 54.0})
     page = Page(write_report(run_dir))
-    assert "Parts" in page.headings and "After epoch 8" in page.html and "30.0" in " ".join(page.text)
+    assert "Parts" in page.headings and "After epoch 8" in page.html
+    block = page.html[page.html.index('id="parts"') : page.html.index('id="results"')]
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", block)]
+    assert cells[0] == ["", "this model", "before training"] and cells[1][1:] == ["30.0", "21.0"]
+    cards = page.html[page.html.index('id="stages"') : page.html.index('id="parts"')]
+    assert "test top 1 <b>55.00</b>" in cards and "ari <b>30.00</b>" in cards and "macro" not in cards
 
 
 def test_an_nmi_of_clusters_is_none_of_parts(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ COLUMNS = {"": "this model", "epoch0_": "before training", "random_": "random ma
 #: The keypoint error of no parts at all stands in a column of its own.
 MEAN_KEY, MEAN_COLUMN = "keypoint_error_of_mean", "mean position"
 
+#: What is added to the name of a stage to name the one that measures the same model before its training.
+EPOCH_0 = "_epoch_0"
+
 
 @dataclass(frozen=True)
 class PartPicture:
@@ -46,9 +49,8 @@ def parts(run: RunFolder) -> Section | None:
     """Pictures of the newest maps and the table of measures; of a pipeline, those of its last stages that have them."""
     folders = [*reversed(run.stages), run]
     found = next((pictures for folder in folders if (pictures := part_pictures(folder))), [])
-    table = next(
-        (text for folder in folders if _measures_parts(folder) and (text := measures_table(folder.results))), ""
-    )
+    measured = [folder for folder in folders if _measures_parts(folder)]
+    table = next((text for folder in measured if (text := measures_table(_with_epoch_0(folder, measured)))), "")
     if not found and not table:
         return None
     return Section("Parts", _pictures(found) + table)
@@ -57,6 +59,12 @@ def parts(run: RunFolder) -> Section | None:
 def _measures_parts(run: RunFolder) -> bool:
     """Whether results are of parts: an NMI is measured of clusters, too."""
     return run.engine == "evaluate_parts" or (run.path / PART_MAPS_FOLDER).is_dir()
+
+
+def _with_epoch_0(run: RunFolder, others: list[RunFolder]) -> dict[str, Any]:
+    """Results of a stage NAME, and as epoch0_* those of the stage NAME_epoch_0, the same model before its training."""
+    before = next((other.results for other in others if other.path.name == f"{run.path.name}{EPOCH_0}"), {})
+    return {f"epoch0_{name}": value for name, value in before.items()} | run.results
 
 
 def part_pictures(run: RunFolder) -> list[PartPicture]:

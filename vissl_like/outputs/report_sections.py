@@ -26,7 +26,7 @@ from vissl_like.outputs.run_folder import REPORT_FILE, RunFolder, Section, flatt
 from vissl_like.outputs.writers import COORDINATES
 
 #: Parts of metric names that stand in a tile at the top of the results, in this order.
-HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy")
+HEADLINE_METRICS = ("top_1", "top1", "mAP", "nmi", "purity", "ari", "accuracy", "foreground_iou")
 MAX_TILES = 8
 #: Names of what was measured in training, at another time, or of something that the model is compared with.
 _NOT_THE_RESULT = ("train_", "best_", "random_", "oracle_", "epoch0_", "without_")
@@ -86,6 +86,11 @@ def _headline_place(key: str) -> int | None:
     return places[0] if places and not name.startswith(_NOT_THE_RESULT) else None
 
 
+def _first_of_each_kind(keys: list[str]) -> list[str]:
+    """Without metrics that are variants of one before them."""
+    return list({_headline_place(key): key for key in reversed(keys)}.values())[::-1]
+
+
 def stages(run: RunFolder) -> Section | None:
     """A card per stage of a pipeline, with its main picture and a link to its own report."""
     if not run.stages:
@@ -93,7 +98,7 @@ def stages(run: RunFolder) -> Section | None:
     cards = []
     for stage in run.stages:
         style, text = stage.status
-        keys = headline_keys(stage.results)[:2]
+        keys = _first_of_each_kind(headline_keys(stage.results))[:3]
         numbers = "".join(
             f"<br><span>{escape(spaced(key))} <b>{four_digits(stage.results[key])}</b></span>" for key in keys
         )
