@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_like.config.schema_model import FeatureEval, Model, Optimizer, WeightsInit
+from vissl_like.config.schema_model import FeatureEval, Model, WeightsInit
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.core.weights_rules import rules_of
 from vissl_like.errors import ConfigError
@@ -18,7 +18,6 @@ from vissl_like.models.part_groups import freeze, parameter_roles
 from vissl_like.models.part_zoo import PART_MODELS, build_part_model
 from vissl_like.models.parts import PartLayers, PartNoise
 from vissl_like.models.two_stage import leave_one_out
-from vissl_like.optim.part_groups import make_part_groups
 
 ROLES = json.loads((Path(__file__).parents[1] / "data" / "parts_roles.json").read_text())
 VIT = {
@@ -336,22 +335,6 @@ def test_efficient_probing_is_attention_per_slice() -> None:
         slices.append((attention[:, :, None] * values).sum(1))
     expected = model.heads.classifier(pool.fc_norm(torch.cat(slices, 1)))
     torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "query"), [("ep", "heads.pool.queries"), ("aim", "heads.pool.query"), ("cls", "")])
-def test_queries_of_a_pooling_do_not_decay(kind: str, query: str) -> None:
-    """The matrices of the head do; its vectors and the queries do not."""
-    model = build("pooled", VIT | {"OPTIONS": VIT["OPTIONS"] | {"embed_dim": 96}}, POOLING_TYPE=kind)
-    decay = {
-        name: group.weight_decay
-        for group in make_part_groups(model, Optimizer(WEIGHT_DECAY=0.05))
-        for name in group.names
-        if name.startswith("heads.")
-    }
-    kept = {name for name, value in model.named_parameters() if value.ndim > 1 and name.startswith("heads.")} - {query}
-    assert query in {"", *decay}
-    assert decay == {name: 0.05 if name in kept else 0.0 for name in decay}
-    assert kept >= {"heads.classifier.weight"}
 
 
 def test_attention_pooling_is_attention_of_one_query() -> None:
