@@ -1,4 +1,4 @@
-"""Generate docs/options.md, MODEL_ZOO.md and the table of old names in docs/migration.md.
+"""Generate docs/options.md, docs/parts_flags.md, MODEL_ZOO.md and the table of old names in docs/migration.md.
 
 python tools/make_docs.py            write them
 python tools/make_docs.py --check    exit 1 if one of them is out of date
@@ -18,6 +18,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vissl_like.compat import ifam_table  # noqa: E402
+from vissl_like.compat.ifam_flags import TWO_STAGE  # noqa: E402
 from vissl_like.config import aliases, reference  # noqa: E402
 
 BEGIN, END = "<!-- generated:begin {} -->", "<!-- generated:end -->"
@@ -41,6 +43,7 @@ def pages(root: Path) -> dict[Path, str]:
     migration = root / "docs" / "migration.md"
     return {
         root / "docs" / "options.md": options_page(),
+        root / "docs" / "parts_flags.md": flags_page(),
         root / "MODEL_ZOO.md": zoo_page(yaml.safe_load((root / "configs" / "zoo.yaml").read_text("utf-8"))),
         migration: with_block(migration.read_text("utf-8"), "old names", old_names_table()),
     }
@@ -83,6 +86,51 @@ def default(value: Any) -> str:
 def cell(text: str) -> str:
     """Text that may stand in a table cell."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+FLAGS_INTRODUCTION = """\
+# Flags of iFAM and PDiscoFormer
+
+Generated from the translator by `make docs`; do not edit. A command of theirs is translated by
+
+```bash
+vissl-like translate ifam -- train_net.py --dataset cub --data_path CUB_200_2011 --num_parts 8 --gumbel_softmax
+```
+
+which prints our command, ready to be pasted, and as comments what was repaired in theirs and which flags have no
+counterpart. (From a checkout: `python tools/translate.py ifam -- ...`; a file: `vissl-like translate ifam < FILE`.) What
+a command does not say is filled in with the defaults of its parser, as the recipe `parts/ifam` has them; the settings of
+the papers are the recipes `parts/ifam_*` and `parts/pdiscoformer_*`.
+
+*Default there* is that of the parser, *default here* that of the option in the schema. Keys stand below `config.`; {TRAIN,TEST}
+stands for both. Where a key is a list of transforms, the flag sets what stands in it.
+"""
+
+
+def flags_page() -> str:
+    """docs/parts_flags.md: what becomes of each flag."""
+    rows = ifam_table.rows()
+    parts = {
+        "train_net (two stages)": [row for row in rows if row.script == TWO_STAGE],
+        "Further flags of the other trainers": [row for row in rows if row.script != TWO_STAGE],
+    }
+    lines = [FLAGS_INTRODUCTION]
+    for title, found in parts.items():
+        lines += [f"## {title}", "", "| flag | option | default there | default here | note |", "|---|---|---|---|---|"]
+        lines += [*map(flag_row, found), ""]
+    return "\n".join(lines)
+
+
+def flag_row(row: ifam_table.Row) -> str:
+    names = [key.removeprefix("config.") for key in row.keys]
+    ours: dict[str, str] = {}
+    for name, value in zip(names, row.ours):
+        of_train, of_test = name.replace(".TEST.", ".TRAIN."), name.replace(".TRAIN.", ".TEST.")
+        is_both = of_train != of_test and {of_train, of_test} <= set(names)
+        ours[of_train.replace(".TRAIN.", ".{TRAIN,TEST}.") if is_both else name] = default(value)
+    there = ("on" if row.original else "off") if isinstance(row.original, bool) else default(row.original)
+    options = "<br>".join(f"`{name}`" for name in ours) or "none"
+    return f"| `{row.flag}` | {options} | {there} | {'<br>'.join(ours.values()) or '–'} | {cell(row.note)} |"
 
 
 def zoo_page(zoo: dict[str, Any]) -> str:

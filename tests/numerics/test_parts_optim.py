@@ -80,6 +80,22 @@ def test_groups_of_the_single_stage() -> None:
     np.testing.assert_allclose(ours[:, 1], RECORDED.arrays["stage1_groups/weight_decay"][rows], rtol=1e-9)
 
 
+@pytest.mark.parametrize(("kind", "query"), [("ep", "heads.pool.queries"), ("aim", "heads.pool.query"), ("cls", "")])
+def test_queries_of_a_pooling_do_not_decay(kind: str, query: str) -> None:
+    """The matrices of the head do; its vectors and the queries do not."""
+    trunk = TRUNK | {"OPTIONS": {"embed_dim": 96, "depth": 1, "num_heads": 4}}
+    model = build("pooled", options(trunk, {"POOLING_TYPE": kind}), num_classes=6, image_size=56)
+    decay = {
+        name: group.weight_decay
+        for group in make_part_groups(model, Optimizer(WEIGHT_DECAY=0.05))
+        for name in group.names
+        if name.startswith("heads.")
+    }
+    matrices = {name for name, value in model.named_parameters() if value.ndim > 1 and name.startswith("heads.")}
+    assert query in {"", *decay} and "heads.classifier.weight" in matrices
+    assert decay == {name: 0.05 if name in matrices - {query} else 0.0 for name in decay}
+
+
 SCHEDULES = {
     "cosine_seed": {"NAME": "timm_cosine"},
     "cosine_warmup": {"NAME": "timm_cosine", "WARMUP_EPOCHS": 5},

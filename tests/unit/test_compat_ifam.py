@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from vissl_like.compat import ifam, ifam_flags
+from tests import part_folders
+from vissl_like.compat import ifam, ifam_flags, ifam_table
 from vissl_like.config.check import load_job
 from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
 from vissl_like.launch.main import main
 
-#: The commands of the document, typing errors included.
+#: The commands of the document, typing errors included; images of CUB and Waterbirds smaller.
 MODEL = r"""
 --model_arch hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m /
+"""
+SETTING = r"""
 --pretrained_start_weights /
 --batch_size 16 --wandb --epochs 90 --save_every_n_epochs <duration at which to save checkpoints> \
 --num_workers 2 --wandb_entity <wandb username> --wandb_mode <online/offline> --snapshot_dir <path to save directory> \
---lr 2.828e-6 --optimizer_type adamw --scheduler_type cosine --scratch_lr_factor 1e4 --augmentations_to_use cub_original \ \
+--lr 2.828e-6 --optimizer_type adamw --scheduler_type cosine --scratch_lr_factor 1e4 --smoothing 0 \ \
 --num_parts 8 --weight_decay 0.05 --freeze_backbone --enforced_presence_loss 2 --gumbel_softmax --grad_norm_clip 2.0
 """
 START = "torchrun --nnodes=1 \\\n--nproc_per_node=8 \\\n<base path to the code>/train_net.py "
-CUB = START + "--data_path {root} --dataset cub --train_split 1 --eval_mode test --image_size 56 " + MODEL
+CUB = START + "--data_path {root}/CUB_200_2011 --dataset cub --train_split 1 --eval_mode test --image_size 56 " \
+    "--augmentations_to_use cub_original " + MODEL + SETTING  # fmt: skip
+SIIM_ACR = r"""
+--model_arch microsoft/rad-dino \
+--use_hf_transformers \
+--data_path {root}/siim-acr-pneumothorax-segmentation-data/versions/1 \
+--dataset siim_acr \
+--image_sub_path_train train_set \
+--image_sub_path_test full_test_set \
+--mask_sub_path all_masks \
+--image_size 518 \
+--augmentations_to_use siim_acr \
+"""
+META_SHIFT = r"""
+--data_path {root}/MetaDatasetCatDog \
+--dataset meta_shift \
+--image_sub_path_train train \
+--image_sub_path_test test \
+--image_size 224 \
+--augmentations_to_use cub_original \
+"""
 COMMANDS = {
     "cub": CUB,
     "waterbirds": CUB.replace("--dataset cub", "--dataset waterbirds --image_sub_path_train " + toybirds.WATERBIRDS)
     + " --image_sub_path_test " + toybirds.WATERBIRDS,
+    "siim_acr": START + SIIM_ACR + SETTING,
+    "meta_shift": START + META_SHIFT + MODEL + SETTING,
 }  # fmt: skip
+#: Smaller trunks, for speed.
+SMALL_TIMM = "config.MODEL.TRUNK.OPTIONS={embed_dim:48,depth:2,num_heads:4}"
+SMALL = dict.fromkeys(COMMANDS, SMALL_TIMM) | {
+    "siim_acr": "config.MODEL.TRUNK.OPTIONS={image_size:518,hidden_size:48,num_hidden_layers:2,num_attention_heads:4}"
+}
+#: Every flag of the two-stage trainer's parser, and those that its losses and data sets read beside.
+PARSER = """
+model_arch use_hf_transformers use_torchvision_resnet_model data_path image_sub_path_train image_sub_path_test dataset
+train_split eval_mode mask_sub_path snapshot_dir save_every_n_epochs batch_size epochs num_workers seed
+grad_accumulation_steps amap_saving_prob grad_norm_clip use_amp eval_only crop_pct mixup cutmix cutmix_minmax mixup_prob
+mixup_switch_prob mixup_mode augmentations_to_use image_size color_jitter aa train_interpolation
+imagenet_default_mean_and_std hflip vflip reprob remode recount resplit num_parts pretrained_start_weights
+pretrained_model_path drop_path_stage_1 drop_path_stage_2 output_stride freeze_backbone freeze_params_stage_1
+freeze_params_stage_2 freeze_second_stage optimizer_type weight_decay momentum betas1 betas2 dampening trust_coeff
+always_adapt turn_off_grad_averaging max_grad_norm use_zero scheduler_type scheduler_warmup_epochs warmup_lr
+scheduler_restart_factor cosine_cycle_limit scheduler_gamma scheduler_step_size min_lr lr scratch_lr_factor
+finer_lr_factor modulation_lr_factor stage_two_lr_factor wandb wandb_project job_type wandb_entity group wandb_mode
+log_interval resume_training wandb_resume_id classification_loss classification_loss_stage_2 presence_loss
+presence_loss_beta presence_loss_type concentration_loss equivariance_loss total_variation_loss enforced_presence_loss
+enforced_presence_loss_type pixel_wise_entropy_loss orthogonality_loss_landmarks degrees translate_x translate_y scale_l
+scale_u shear_x shear_y part_dropout part_dropout_stage_2 gumbel_softmax softmax_temperature gumbel_softmax_hard
+array_training_job part_logits_threshold_path intervention_fixed_part_id use_soft_masks smoothing averaging_type
+model_ema_force_cpu model_ema_decay no_model_ema_warmup use_bce_loss bce_sum bce_target_thresh bce_pos_weight split_type
+"""
 
 
 def test_the_documents_command() -> None:
-    found = ifam.translate(COMMANDS["cub"].replace("{root}", "<base path to dataset>/CUB_200_2011"))
+    found = ifam.translate(COMMANDS["cub"].replace("{root}", "<base path to dataset>"))
     assert found.overrides["config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE"] == 2.828e-6
     assert found.overrides["config.OPTIMIZER.PARTS.SCRATCH_LR_FACTOR"] == 1e4
     assert found.overrides["config.DISTRIBUTED.NUM_PROC_PER_NODE"] == 8
@@ -52,6 +105,17 @@ def test_every_flag_becomes_something_or_is_said_to_have_no_counterpart() -> Non
             plain = ifam.translate("train.py", script=script)
             said = flag in found.without or any(flag in line for line in found.notices)
             assert said or found.overrides.keys() >= plain.overrides.keys(), (flag, script)
+
+
+def test_the_table_says_of_every_flag_what_becomes_of_it() -> None:
+    rows = {row.flag: row for row in ifam_table.rows()}
+    assert {flag for flag, row in rows.items() if row.script == ifam_flags.TWO_STAGE} == set(PARSER.split())
+    for row in rows.values():
+        assert row.keys or row.note, row.flag
+        assert len(row.ours) == len(row.keys), row.flag  # every key is an option
+    assert rows["num_parts"].keys == ("config.MODEL.PARTS.NUM_PARTS",) and rows["num_parts"].original == 8
+    assert rows["lr"].original == 1e-6 and rows["lr"].ours == (0.1,)
+    assert not rows["shear_x"].keys and "never applies" in rows["shear_x"].note
 
 
 def test_softmax_temperature_has_one_dash_or_two() -> None:
@@ -85,18 +149,75 @@ def test_optimizers_compose(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("translated") / "CUB_200_2011"
-    toybirds.write_cub(folder, train=160, test=16, size=56)
-    toybirds.write_waterbirds(folder, counts=(160, 4, 4), size=56)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("translated")
+    part_folders.write_birds(folder / "CUB_200_2011", train=128)
+    part_folders.write_meta_shift(folder / "MetaDatasetCatDog", train=128)
+    part_folders.write_siim_acr(folder / "siim-acr-pneumothorax-segmentation-data/versions/1", train=128)
     return folder
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_translated_commands_pass_a_dry_run(name: str, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = ifam.translate(COMMANDS[name].replace("{root}", shlex.quote(str(birds))))
+def test_translated_commands_pass_a_dry_run(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ifam.translate(COMMANDS[name].replace("{root}", shlex.quote(str(root))))
     words = [word for word in found.words() if "RUN.DIR" not in word]
-    small = "config.MODEL.TRUNK.OPTIONS={embed_dim:48,depth:2,num_heads:4}"
-    code = main([*words, small, "config.RUN.DRY_RUN=true", "config.DISTRIBUTED.NUM_PROC_PER_NODE=1"])
-    assert code == 0, capsys.readouterr().err
-    assert "Model (built without memory)" in capsys.readouterr().out
+    code = main([*words, SMALL[name], "config.RUN.DRY_RUN=true"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "Model (built without memory)" in out and "TRAIN: 128 images" in out
+    assert "2.828e-06" in out
+
+
+NASTY = (
+    "a b",
+    "it's",
+    'say "x"',
+    "$HOME",
+    "a,b",
+    "[a]",
+    "{a: b}",
+    "a=b",
+    "a;b&c",
+    "back\\slash",
+    "!x",
+    "nan",
+    ".5",
+    "True",
+)
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_values_arrive_as_they_were(name: str) -> None:
+    found = ifam.translate(f"train_net.py --group {shlex.quote(name)}")
+    job = load_job([word for word in found.words() if "DATA_PATHS" not in word and "DATA_SOURCES" not in word]).job
+    assert job.config.LOGGERS.WANDB.GROUP == name
+
+
+def test_the_printed_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell that runs what the verb prints hands over the very words of the translation."""
+    given = [
+        "train_net.py",
+        "--data_path",
+        "my $data/it's [1]",
+        "--group",
+        'a "b" !x',
+        "--num_parts",
+        "4",
+        "--shear_x",
+        "1",
+    ]
+    assert main(["translate", "ifam", "--", *given]) == 0
+    text = capsys.readouterr().out
+    assert "# --shear_x: " in text
+    program = tmp_path / "vissl-like"
+    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(done.stdout) == ifam.translate(shlex.join(given)).words()
+
+
+def test_the_verb_tells_mistakes_like_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", "--help"]) == 0 and "vissl-like translate SYSTEM" in capsys.readouterr().out
+    assert main(["translate", "ifan", "--", "x"]) == 2 and "did you mean 'ifam'" in capsys.readouterr().err
+    assert main(["config=debug/x", "translate"]) == 2

@@ -69,12 +69,31 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
             ],
             "no process has whole weights",
         ),
+        (
+            ["config.DISTRIBUTED.STRATEGY=fsdp", "config.OPTIMIZER.NAME=sgd", "config.OPTIMIZER.OPTIONS={fused: true}"],
+            "no fused step of config.OPTIMIZER.NAME='sgd' for sharded weights",
+        ),
+        (["config.DATA.MIX.MIXUP=0.2"], "config.TASK.NAME='supervised' mixes no images"),
+        (["config.DATA.MIX.CUTMIX_MINMAX=[0.2,0.8]"], "config.TASK.NAME='supervised' mixes no images"),
     ],
 )
 def test_options_that_do_not_fit_together(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job([BASE, *overrides])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["config.DISTRIBUTED.STRATEGY=fsdp", "config.OPTIMIZER.NAME=adamw", "config.OPTIMIZER.OPTIONS={fused: true}"],
+        ["config.DISTRIBUTED.STRATEGY=fsdp", "config.OPTIMIZER.NAME=sgd", "config.OPTIMIZER.OPTIONS={fused: false}"],
+        ["config.OPTIMIZER.NAME=sgd", "config.OPTIMIZER.OPTIONS={fused: true}"],
+        ["config.DATA.MIX.MIXUP=0.2", "config.TASK.NAME=parts", "config.MODEL.NAME=pooled"],
+    ],
+)
+def test_their_neighbours_that_do(overrides: list[str]) -> None:
+    assert load_job([BASE, *overrides]).job.config.OPTIMIZER.NUM_EPOCHS >= 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.part_folders import write_dicom
 from vissl_like.config.schema_data import Data, Split, TrainSplit
 from vissl_like.data import toybirds
 from vissl_like.data.annotated import annotation, groups_of
@@ -275,28 +276,10 @@ def test_turtles(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- SIIM-ACR
-def dicom(file: Path, value: int) -> None:
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
-    image = FileDataset(str(file), {}, file_meta=meta, preamble=b"\0" * 128)
-    image.SOPClassUID, image.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    image.Rows = image.Columns = 16
-    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
-    image.BitsAllocated = image.BitsStored = 8
-    image.HighBit, image.PixelRepresentation = 7, 0
-    image.PixelData = np.full((16, 16), value, np.uint8).tobytes()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save_as(file, enforce_file_format=True)
-
-
 def test_siim_acr_from_the_download_to_images(tmp_path: Path) -> None:
     names = {"a": "-1", "b": "5 3", "c": "1024 2 1022 2", "d": "-1"}
     for number, name in enumerate(names):
-        dicom(tmp_path / "dicom-images-train" / "x" / "y" / f"{name}.dcm", 10 * number)
+        write_dicom(tmp_path / "dicom-images-train" / "x" / "y" / f"{name}.dcm", 10 * number)
     lines = [f"{name}, {runs}" for name, runs in names.items()] + ["b, 100 1"]
     (tmp_path / "train-rle.csv").write_text("ImageId, EncodedPixels\n" + "\n".join(lines) + "\n")
     with (tmp_path / "tubes.pkl").open("wb") as file:

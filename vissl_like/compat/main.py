@@ -13,8 +13,8 @@ from vissl_like.registry import suggest
 #: System -> module with translate(text, script=...).
 SYSTEMS = {"ifam": "vissl_like.compat.ifam"}
 USAGE = """\
-usage: translate SYSTEM [--script NAME] -- COMMAND ...
-       translate SYSTEM [--script NAME] < FILE
+usage: vissl-like translate SYSTEM [--script NAME] -- COMMAND ...
+       vissl-like translate SYSTEM [--script NAME] < FILE
 
 Prints the command of this program that does what COMMAND does, as comments what was repaired and which flags have no
 counterpart. SYSTEM: ifam (train_net.py of iFAM; --script train_net_pdisco for PDiscoFormer, train_net_baseline,

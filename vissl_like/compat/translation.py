@@ -28,7 +28,7 @@ class Translation:
         """Our command, ready to be pasted, and the notices as comments."""
         lines = [f"# {line}" for line in self.notices]
         lines += [f"# --{flag}: {reason}" for flag, reason in self.without.items()]
-        command = ["python tools/run_distributed_engines.py", *(shlex.quote(word) for word in self.words())]
+        command = ["vissl-like", *(shlex.quote(word) for word in self.words())]
         return "\n".join([*lines, " \\\n  ".join(command)])
 
 
@@ -40,6 +40,19 @@ def as_override(value: Any) -> str:
         return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(as_override(item) for item in value) + "]"
-    if isinstance(value, str) and (value in ("", "true", "false", "null") or not re.fullmatch(_PLAIN, value)):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, str) and not _is_plain(value):
+        # In quotes a backslash is itself, unless a quote follows.
+        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), value)
+        return f'"{escaped}"'
     return str(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether Hydra takes the text as a text without quotes."""
+    if text.lower() in ("true", "false", "null") or not re.fullmatch(_PLAIN, text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False

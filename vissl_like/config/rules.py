@@ -24,6 +24,10 @@ _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
 #: Sources that make their folder where it is missing.
 _DRAWN = ("toybirds", "toy_waterbirds")
+#: Optimizers whose fused step PyTorch has for sharded weights, too.
+_FUSED_SHARDED = ("adam", "adamw")
+#: Tasks that mix the images of a batch (DATA.MIX).
+_MIXING = ("parts",)
 #: Values of PARAMS_FILE that are no paths.
 _NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:", "http://", "https://")
 
@@ -114,6 +118,7 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     yield from _sharding_problems(config)
     if job.engine_name == "train":
         yield from _schedule_problems(config)
+        yield from _mix_problems(config)
 
 
 def _sharding_problems(config: Config) -> Iterator[Problem]:
@@ -126,6 +131,14 @@ def _sharding_problems(config: Config) -> Iterator[Problem]:
             key,
             f"{key}='model': sharded blocks are gathered one by one (config.DISTRIBUTED.STRATEGY='fsdp'). Use blocks.",
         )
+    optimizer = config.OPTIMIZER
+    if optimizer.OPTIONS.get("fused") and optimizer.NAME.removeprefix("timm/") not in _FUSED_SHARDED:
+        key = "config.OPTIMIZER.OPTIONS.fused"
+        yield (
+            key,
+            f"{key}={optimizer.OPTIONS['fused']}: PyTorch has no fused step of config.OPTIMIZER.NAME={optimizer.NAME!r} for "
+            "sharded weights (config.DISTRIBUTED.STRATEGY='fsdp'). Leave it out, or use adam or adamw.",
+        )
     loggers = config.LOGGERS
     for key, is_on in (
         ("config.LOGGERS.TENSORBOARD.LOG_PARAMS", loggers.TENSORBOARD.ENABLED and loggers.TENSORBOARD.LOG_PARAMS),
@@ -136,6 +149,20 @@ def _sharding_problems(config: Config) -> Iterator[Problem]:
                 key,
                 f"{key}=True: no process has whole weights (config.DISTRIBUTED.STRATEGY='fsdp'). Set it to false.",
             )
+
+
+def _mix_problems(config: Config) -> Iterator[Problem]:
+    """Mixed images where nothing mixes them."""
+    if config.TASK.NAME not in _MIXING:
+        for name in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX"):
+            value = getattr(config.DATA.MIX, name)
+            if value:
+                key = f"config.DATA.MIX.{name}"
+                yield (
+                    key,
+                    f"{key}={value}: config.TASK.NAME={config.TASK.NAME!r} mixes no images; leave it off. Classification with "
+                    "mixed images: TASK.NAME=parts with MODEL.NAME=pooled.",
+                )
 
 
 def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:

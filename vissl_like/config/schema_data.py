@@ -65,8 +65,8 @@ class Split(Section):
 
 
 class Mix(Section):
-    MIXUP: float = option(0.0, "Mixup alpha; 0: none (task parts).", ge=0)
-    CUTMIX: float = option(0.0, "CutMix alpha; 0: none (task parts).", ge=0)
+    MIXUP: float = option(0.0, "Mixup alpha; 0: none. TASK.NAME=parts only; other tasks refuse it.", ge=0)
+    CUTMIX: float = option(0.0, "CutMix alpha; 0: none. TASK.NAME=parts only; other tasks refuse it.", ge=0)
     CUTMIX_MINMAX: list[float] = option([], "CutMix: least and largest share of a side, instead of an alpha.")
     PROB: float = option(1.0, "Probability of mixing at all.", ge=0, le=1)
     SWITCH_PROB: float = option(0.5, "Probability of CutMix where both are on.", ge=0, le=1)

@@ -158,7 +158,11 @@ class AutoLrScaling(Section):
     AUTO_SCALE: bool = option(False, "Scale the learning rate by the global batch size.")
     BASE_VALUE: float = option(0.1, "Learning rate at BASE_LR_BATCH_SIZE.", ge=0)
     BASE_LR_BATCH_SIZE: int = option(256, "Batch size that BASE_VALUE belongs to.", ge=1)
-    SCALING_TYPE: Literal["linear", "sqrt"] = option("linear", "Factor batch/base, or its square root.")
+    SCALING_TYPE: Literal["linear", "sqrt"] = option(
+        "linear",
+        "linear: BASE_VALUE x batch / BASE_LR_BATCH_SIZE; sqrt: BASE_VALUE x sqrt(batch / BASE_LR_BATCH_SIZE), the rule of "
+        "the part models. The batch is that of a whole step: all processes, accumulated passes included.",
+    )
 
 
 class Schedule(Section):

@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vissl_like.data.tools import main as data
 
             return data(arguments[1:])
+        if arguments[:1] == ["translate"]:
+            from vissl_like.compat.main import main as translate
+
+            return translate(arguments[1:])
         return _dispatch(_split(arguments))
     except (UserError, Stopped) as error:
         return show_error(error)

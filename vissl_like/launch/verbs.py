@@ -14,7 +14,9 @@ from vissl_like.config.suggest import suggest_keys
 from vissl_like.errors import ConfigError
 
 PROGRAM = "vissl-like"
-VERBS = ("options", "list", "report", "data")
+VERBS = ("options", "list", "report", "data", "translate")
+#: Those of them that read their words themselves.
+_FIRST = ("data", "translate")
 
 
 def help_text() -> str:
@@ -41,6 +43,8 @@ Questions:
                                  {", ".join(components.LISTS[5:])}
   {PROGRAM} report RUN_DIR       make report.html of a run folder again
   {PROGRAM} data VERB ...        shrink or index images, prepare or draw data sets (`data --help`)
+  {PROGRAM} translate ifam -- COMMAND
+                                 a command of iFAM or PDiscoFormer in our words (`translate --help`)
 
 Flags:
   -m, --multirun                 a run for each combination of comma lists: config.SEED_VALUE=1,2,3
@@ -71,8 +75,8 @@ def answer(verb: str, words: list[str], *, config_dirs: list[str]) -> str:
         if len(words) != 1:
             raise ConfigError(f"list: say what: {', '.join(components.LISTS)}.")
         return listing(words[0], config_dirs=config_dirs)
-    if verb == "data":
-        raise ConfigError(f"data: comes first on the command line: {PROGRAM} data VERB ...")
+    if verb in _FIRST:
+        raise ConfigError(f"{verb}: comes first on the command line: {PROGRAM} {verb} ...")
     if len(words) != 1:
         raise ConfigError("report: give one run folder: report runs/NAME.")
     return make_report(Path(words[0]).expanduser())

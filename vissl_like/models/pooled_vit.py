@@ -124,6 +124,13 @@ class PooledModel(PartInputs):
                 f"{KEY}={kind!r}: {NAME_KEY}={trunk.adapter.name!r} has no tokens; its own pooling is the only one. Use gap."
             )
 
+    def query_parameters(self) -> list[nn.Parameter]:
+        """The learned queries of the pooling (ep, aim)."""
+        pool = self.heads.pool if isinstance(self.heads, PoolingHead) else None
+        if isinstance(pool, EfficientProbing):
+            return [pool.queries]
+        return [pool.query] if isinstance(pool, AttentionPooling) else []
+
     def forward(self, images: Tensor) -> Tensor:
         return self.heads(
             self.trunk.tokens(images) if isinstance(self.trunk, TokenTrunk) else self.trunk.pooled(images)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from vissl_like.config.schema_model import Optimizer as OptimizerOptions
 from vissl_like.errors import ConfigError
 from vissl_like.models.part_groups import PartModel, parameter_roles
+from vissl_like.models.pooled_vit import PooledModel
 from vissl_like.optim.groups import Group
 
-#: Roles whose matrices decay; vectors (biases, norms, LayerScale), tokens, prototypes and modulation never do.
+#: Roles whose matrices decay; vectors (biases, norms, LayerScale), tokens, prototypes and modulation never do,
+#: nor do the queries of a pooling.
 _DECAYING = ("backbone", "backbone_2", "head", "head_2")
 
 
@@ -16,9 +18,12 @@ def make_part_groups(model: PartModel, options: OptimizerOptions) -> list[Group]
     factors = lr_factors(options)
     found: dict[tuple[str, bool], list[str]] = {}
     parameters = dict(model.named_parameters())
+    queries = {id(query) for query in (model.query_parameters() if isinstance(model, PooledModel) else ())}
     for name, role in parameter_roles(model).items():
-        if parameters[name].requires_grad:
-            found.setdefault((role, role in _DECAYING and parameters[name].ndim > 1), []).append(name)
+        parameter = parameters[name]
+        if parameter.requires_grad:
+            decays = role in _DECAYING and parameter.ndim > 1 and id(parameter) not in queries
+            found.setdefault((role, decays), []).append(name)
     if not found:
         raise ConfigError("nothing to train: every parameter is frozen (config.MODEL.PARTS.FREEZE_*).")
     order = list(factors)
