@@ -26,6 +26,7 @@ from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.evaluation import evaluate
 from vissl_like.core.on_main import on_main
+from vissl_like.data.annotated import has_annotation, refuse_missing_annotations
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
 from vissl_like.engines import feeds, train
@@ -101,6 +102,11 @@ class _Evaluation:
         self.annotated = [name for name in self.options.PROTOCOLS if name in PROTOCOLS]
         key = "config.DATA.TEST.TRANSFORMS"
         self.framing = framing_of(config.DATA.TEST.TRANSFORMS, key=key) if self.annotated else None
+        for name in self.annotated:
+            for split in (splits.test, splits.train if name == "regression" else None):
+                if split is not None:
+                    key = f"config.DATA.{split.split}.DATA_SOURCES"
+                    refuse_missing_annotations(split.source, PROTOCOLS[name], key=key, protocol=name)
         self.model = train.make_model(config, splits)
         others = {"in9", "background_challenge"} & set(self.options.PROTOCOLS)
         if others and isinstance(self.model, Decoupled):
@@ -110,8 +116,8 @@ class _Evaluation:
             )
         if self.annotated and not isinstance(self.model, StageOne | TwoStage):
             raise ConfigError(
-                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, so of config.EVALUATE_PARTS.PROTOCOLS only "
-                "others can be measured. Use parts or two_stage."
+                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, which {self.annotated[0]} of "
+                "config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out, or use parts or two_stage."
             )
         train.start_weights(self.model, config, run_dir)
 
@@ -199,7 +205,7 @@ class _Evaluation:
             return part_evaluation.random_maps(self.blocks(dataset), num_parts=parts, grid=tuple(grid), seed=seed)
 
         results = self.annotations("random_", random)
-        if hasattr(self.test.source, "part_masks"):
+        if has_annotation(self.test.source, "part_masks"):
             results |= self.annotations(
                 "oracle_",
                 lambda dataset: part_evaluation.annotated_maps(self.blocks(dataset), dataset, framing=framing),

@@ -219,9 +219,8 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
-    task = make_task(
-        config, model, splits, drawing=Drawing.of(config, run_dir)
-    )  # asks for widths of outputs, which a sharded model cannot tell
+    drawing = Drawing.of(config, run_dir)
+    task = make_task(config, model, splits, drawing=drawing)  # asks for widths, which a sharded model cannot tell
     parallel.arrange(model, config, inner=model.read_modules())
     optimization = optimization.model_copy(update={"WEIGHT_DECAY": plan.weight_decay})
     groups = make_groups(model, optimization)

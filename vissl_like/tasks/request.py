@@ -15,8 +15,8 @@ from vissl_like.outputs.part_figures import Drawing
 class TaskRequest:
     """Sections of the configuration, and what the data sets say.
 
-    `largest_label` of all samples, None for labels of another form. `image_size` (H, W) of the model's input. `drawing`: how part maps
-    of tests get into the run folder; None: they do not.
+    `largest_label` of all samples, None for labels of another form. `image_size` (H, W) of the model's input.
+    `drawing`: how part maps of tests get into the run folder; None: they do not.
     """
 
     loss: Loss
