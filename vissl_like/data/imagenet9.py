@@ -56,7 +56,7 @@ class ImageNet9Source(FolderSource):
         file = self._mask_path(row)
         mask = np.asarray(load_npy(file, key="fg_mask"))
         if mask.ndim == 3:  # one mask for each colour
-            mask = mask.any(axis=int(np.argmin(mask.shape)))
+            mask = np.asarray(mask.any(axis=int(np.argmin(mask.shape))))
         if mask.ndim != 2 or mask.dtype.kind not in "biuf":
             raise DataError(f"{file}: expected a mask (height, width), got {mask.dtype} {mask.shape}.")
         return mask.astype(bool)

@@ -81,5 +81,7 @@ def test_facts(test: ImageDataset | None, train: ImageDataset | None) -> TestFac
 
 def _known_classes(source: Any) -> np.ndarray | None:
     """The classes that may be predicted, bool (C,), where every source knows them."""
-    found = [getattr(one, "known_classes", None) for one in origins(source)]
-    return None if any(known is None for known in found) else np.logical_or.reduce(found)
+    sources = origins(source)
+    if not all(hasattr(one, "known_classes") for one in sources):
+        return None
+    return np.stack([one.known_classes for one in sources]).any(axis=0)
