@@ -84,4 +84,4 @@ def _known_classes(source: Any) -> np.ndarray | None:
     sources = origins(source)
     if not all(hasattr(one, "known_classes") for one in sources):
         return None
-    return np.stack([one.known_classes for one in sources]).any(axis=0)
+    return np.asarray(np.stack([one.known_classes for one in sources]).any(axis=0))
