@@ -68,6 +68,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "imagenet_v2": "vissl_like.data.folders:ImageNetV2Source",
         "imagenet_a": "vissl_like.data.folders:ImageNetSubsetSource",
         "imagenet_r": "vissl_like.data.folders:ImageNetSubsetSource",
+        "imagenet_9": "vissl_like.data.imagenet9:ImageNet9Source",
         "part_imagenet": "vissl_like.data.part_sets:PartImageNetSource",
         "flowers102": "vissl_like.data.part_sets:FlowersSource",
         "turtle_reid": "vissl_like.data.part_sets:TurtleReidSource",

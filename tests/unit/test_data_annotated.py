@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from PIL import Image
 from tests.part_folders import write_dicom
 from vissl_like.config.schema_data import Data, Split, TrainSplit
 from vissl_like.data import toybirds
-from vissl_like.data.annotated import annotation, groups_of
+from vissl_like.data.annotated import ImageFiles, annotation, groups_of, refuse_missing_annotations
 from vissl_like.data.cub import CubFolder, CubSource, WaterbirdsSource
 from vissl_like.data.dataset import build_dataset
 from vissl_like.data.folders import ImageNetSubsetSource, ImageNetV2Source, MetaShiftSource, imagenet_synsets
 from vissl_like.data.medical import SiimAcrSource, decode_mask, prepare, read_tubes
 from vissl_like.data.part_sets import FlowersSource, PartImageNetSource, TurtleReidSource
-from vissl_like.data.source import SourceRequest, SubsetSource
+from vissl_like.data.source import ConcatSource, SourceRequest, SubsetSource
 from vissl_like.errors import ConfigError, DataError
 
 
@@ -88,6 +89,67 @@ def test_toybirds_are_drawn_where_they_are_missing(tmp_path: Path, monkeypatch: 
     (tmp_path / "birds" / toybirds.DONE).unlink()
     with pytest.raises(DataError, match="holds something else"):
         build_dataset(data, "TRAIN", seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------- several in a row
+def test_annotations_of_several_sources(drawn: Path, tmp_path: Path) -> None:
+    """Rows of two CUB folders in a row, and a limited choice of them, are those of the folder that they come from."""
+    other = tmp_path / "other"
+    toybirds.make_folder(other, lambda target: toybirds.write_cub(target, seed=5, train=8, test=8))
+    options = {"DATA_SOURCES": ["cub", "cub"], "DATA_PATHS": [str(drawn), str(other)], "BATCHSIZE_PER_REPLICA": 4}
+    both = build_dataset(Data(TRAIN=Split(**options)), "TRAIN", seed=0, with_masks=True)
+    alone = [
+        build_dataset(Data(TRAIN=Split(DATA_SOURCES=["cub"], DATA_PATHS=[str(f)])), "TRAIN", seed=0)
+        for f in (drawn, other)
+    ]
+    assert len(both) == 24 + 8
+    chosen = np.array([30, 2, 24, 23])
+    for name in ("keypoints", "box", "mask", "part_masks"):
+        for row in (0, 23, 24, 31):
+            part, inner = (alone[0], row) if row < 24 else (alone[1], row - 24)
+            expected = annotation(part.source, name, inner)
+            assert np.array_equal(annotation(both.source, name, row), expected)
+        subset = SubsetSource(both.source, chosen)
+        assert all(
+            np.array_equal(annotation(subset, name, i), annotation(both.source, name, row))
+            for i, row in enumerate(chosen)
+        )
+    assert (both[24]["mask"].numpy() == annotation(alone[1].source, "mask", 0)).all()
+    refuse_missing_annotations(both.source, ["keypoints", "mask"], key="KEY", protocol="p")
+    gone = Path(both.source.parts[1].mask_file(3))
+    gone.unlink()
+    with pytest.raises(DataError, match=re.escape(str(gone))):
+        build_dataset(Data(TRAIN=Split(**options)), "TRAIN", seed=0, with_masks=True)
+
+
+def test_sources_that_do_not_fit_each_other(drawn: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save((tmp_path / "a").mkdir() or tmp_path / "a" / "0.png")
+    plain = Split(DATA_SOURCES=["cub", "disk_folder"], DATA_PATHS=[str(drawn), str(tmp_path)])
+    with pytest.raises(DataError, match="have no mask"):
+        build_dataset(Data(TRAIN=plain), "TRAIN", seed=0, with_masks=True)
+    mixed = build_dataset(Data(TRAIN=plain), "TRAIN", seed=0)
+    with pytest.raises(ConfigError, match=r"KEY: disk_folder has no keypoints, which regression of"):
+        refuse_missing_annotations(mixed.source, ["keypoints"], key="KEY", protocol="regression")
+    cub = tmp_path / "cub"
+    shutil.copytree(drawn, cub)
+    change(cub / "parts" / "parts.txt", 2, "2 bill")
+    options = {"DATA_SOURCES": ["cub", "cub"], "DATA_PATHS": [str(drawn), str(cub)]}
+    renamed = build_dataset(Data(TRAIN=Split(**options)), "TRAIN", seed=0)
+    with pytest.raises(ConfigError, match="keypoints of cub are others than those of cub"):
+        refuse_missing_annotations(renamed.source, ["keypoints"], key="KEY", protocol="keypoints")
+
+
+def test_groups_of_several_sources(tmp_path: Path) -> None:
+    for kind in ("cat", "dog"):
+        for split, count in (("train", 3), ("test", 2)):
+            for i in range(count):
+                file = tmp_path / split / kind / f"{kind}(sofa)" / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(file)
+    one, two = (MetaShiftSource(tmp_path, folder=folder) for folder in ("train", "test"))
+    found = groups_of(SubsetSource(ConcatSource([one, two]), np.array([9, 0, 3])))
+    assert found is not None and found[0].tolist() == [1, 0, 1] and found[1] == ("cat", "dog")
+    assert groups_of(ConcatSource([one, ImageFiles(tmp_path, ["a"], np.zeros(1), name="x", class_names=None)])) is None
 
 
 # ------------------------------------------------------------------------------------------------------- damaged files

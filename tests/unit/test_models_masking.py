@@ -208,6 +208,26 @@ def test_removing_all_parts_leaves_an_empty_foreground(num_parts: int) -> None:
     torch.testing.assert_close(found.logits, elsewhere)  # without foreground every image looks the same
 
 
+@pytest.mark.parametrize("size", [(16, 16), (24, 16)])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_two_stages_pruned_are_two_stages_masked(num_parts: int, size: tuple[int, int]) -> None:
+    """Whatever parts are removed, down to an empty foreground, for a batch and for single images."""
+    model: TwoStage = build("two_stage", VIT, size=size, NUM_PARTS=num_parts).eval()
+    x = images(3, size)
+    with torch.no_grad():  # prototypes amid the features, so that all of them win somewhere
+        spots = model.trunk["stage_1"].maps(x)[0].flatten(1).T[:: 16 // (num_parts + 1)][: num_parts + 1]
+        model.heads["stage_1"].prototypes.weight.copy_(spots[:, :, None, None])
+        for rows in ([0, 1, 2], [0], [1], [2]):
+            for removed in ([], [0], list(range(num_parts))):
+                found = []
+                for on in (True, False):
+                    model.options = model.options.model_copy(update={"PRUNE_TOKENS": on})
+                    found.append(model(x[rows], remove=removed))
+                assert torch.isfinite(found[0].logits).all()
+                torch.testing.assert_close(found[0].logits, found[1].logits, rtol=1e-5, atol=1e-5)
+                assert torch.equal(found[0].mask_hard, found[1].mask_hard)
+
+
 def test_the_mask_may_lie_on_another_grid() -> None:
     """A CNN before a transformer: a patch is foreground if any position in it is."""
     soft = torch.rand(2, 2, 8, 6)

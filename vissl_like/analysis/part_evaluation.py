@@ -23,8 +23,13 @@ from vissl_like.data.annotations import Framing
 from vissl_like.data.images import ImageDataset
 from vissl_like.errors import ConfigError
 
-#: What can be measured, and the annotation that it needs.
-PROTOCOLS = {"keypoints": "keypoints", "regression": "keypoints", "foreground": "mask", "part_masks": "part_masks"}
+#: What can be measured, and the annotations that it needs.
+PROTOCOLS = {
+    "keypoints": ("keypoints",),
+    "regression": ("keypoints", "box"),
+    "foreground": ("mask",),
+    "part_masks": ("part_masks",),
+}
 #: Random maps are drawn on a grid of this many cells a side and enlarged.
 _RANDOM_CELLS, _RANDOM_SHARPNESS = 4, 8.0
 

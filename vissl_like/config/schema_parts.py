@@ -130,10 +130,38 @@ class PartMaps(Section):
     MAX_IMAGES: int = option(16, "Images of a batch that are drawn.", ge=1)
 
 
+class Backgrounds(Section):
+    PATH: str = option(
+        "",
+        "Folder of ImageNet-9 (backgrounds challenge): VARIANT/val/CLASS/*, fg_mask/val/CLASS/*.npy, in_to_in9.json.",
+    )
+    VARIANTS: list[str] = option(
+        ["original", "mixed_same", "mixed_rand"], "in9: sub-folders of PATH whose accuracy is measured."
+    )
+    ONLY_BACKGROUNDS: str = option("only_bg_t", "background_challenge: sub-folder of the backgrounds alone.")
+    CLASS_MAP: str = option(
+        "", "JSON {class of the model: 0 to 8, or -1 for none}. Empty: in_to_in9.json in PATH. Not used with 9 classes."
+    )
+
+
+class Speed(Section):
+    REPEATS: int = option(30, "Batches that are timed, each with pruned and with unpruned tokens.", ge=2)
+    WARMUP: int = option(3, "Batches before them that are not.", ge=0)
+    SHARES: list[float] = option(
+        [1.0, 0.75, 0.5, 0.25, 0.1],
+        "Foreground shares of random masks that stage 2 is timed with, beside the model's own masks.",
+    )
+
+
 class EvaluateParts(Section):
     PROTOCOLS: list[
-        Literal["classification", "keypoints", "regression", "foreground", "part_masks", "leave_one_out", "thresholds"]
-    ] = option(["classification", "keypoints", "regression", "foreground"], "What is measured on TEST.")
+        Literal[
+            "classification", "keypoints", "regression", "foreground", "part_masks", "leave_one_out", "thresholds",
+            "in9", "background_challenge", "speed",
+        ]
+    ] = option(["classification", "keypoints", "regression", "foreground"], "What is measured.")  # fmt: skip
+    BACKGROUNDS: Backgrounds = group(Backgrounds, "What in9 and background_challenge measure.")
+    SPEED: Speed = group(Speed, "How speed is measured: images per second of evaluation, on the first batch of TEST.")
     BASELINES: bool = option(False, "Also measure random maps (random_*) and annotated part masks (oracle_*).")
     FIXED_PARTS: list[int] = option([], "leave_one_out: parts that are removed in every run beside the one.")
     QUANTILES: list[float] = option([0.01, 0.03, 0.05, 0.1], "thresholds: shares of a part's tokens that may be lost.")

@@ -42,7 +42,7 @@ class Task(Protocol):
         ...
 
     def score(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-        """Count what predict() gave; returns the batch's mean loss, ()."""
+        """Count what predict() gave; returns the batch's mean loss, (). batch["epoch"]: see evaluate()."""
         ...
 
     def test_metrics(self, prefix: str) -> dict[str, float]:
@@ -111,13 +111,15 @@ def evaluate(
     arithmetic: Arithmetic,
     seed: int,
     prefix: str = "test",
+    epoch: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """{prefix_loss, prefix_<measure>, ...} over this rank's batches and those of all others; None if interrupted.
 
     Batches do not depend on the number of ranks, each is computed by one thread (several at once on a CPU), counts are
     whole numbers and losses are summed exactly: so neither processes nor threads change a bit of the results. Rows that
-    are not `valid` (unreadable images) do not count.
+    are not `valid` (unreadable images) do not count. `epoch`: how many epochs the model has been trained for, for a task
+    that draws what it finds; None: nothing is to be drawn.
     """
     parallel.share_buffers(task.model)
     task.eval()
@@ -141,7 +143,7 @@ def evaluate(
     for inputs, outputs in each(compute, _in_step(kept) if parallel.is_sharded(task.model) else kept, threads=threads):
         if not inputs.get(STAND_IN):
             with torch.inference_mode():
-                losses.append(task.score(outputs, inputs).detach())
+                losses.append(task.score(outputs, inputs | {"epoch": epoch}).detach())
             rows.append(len(inputs["index"]))
     if any(distributed.all_gather_object(interrupted())):
         task.test_metrics(prefix)

@@ -369,7 +369,7 @@ class Training:
 
     def measure(self) -> dict[str, float] | None:
         """The metrics of the test split under the weights and under their average; None after a signal."""
-        metrics = self.measure_as(TESTS[0])
+        metrics = self.measure_as(TESTS[0], epoch=self.step // max(1, self.options.steps_per_epoch))
         if metrics is not None and self.ema is not None:
             with self.ema.in_place():
                 averaged = self.measure_as(TESTS[1])
@@ -377,7 +377,7 @@ class Training:
         self.feed.pass_ended()
         return metrics
 
-    def measure_as(self, prefix: str) -> dict[str, float] | None:
+    def measure_as(self, prefix: str, *, epoch: int | None = None) -> dict[str, float] | None:
         assert self.feed.test is not None
         return evaluate(
             self.task,
@@ -386,6 +386,7 @@ class Training:
             arithmetic=self.options.arithmetic,
             seed=self.options.seed,
             prefix=prefix,
+            epoch=epoch,
             interrupted=lambda: self.stop.requested,
         )
 

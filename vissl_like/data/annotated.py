@@ -11,6 +11,7 @@ Everything returned is a copy: moving it into another frame changes nothing here
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import numpy as np
 from PIL import Image
 
 from vissl_like.data.decode import Unreadable, read_bytes, read_image
-from vissl_like.data.source import PathTable, Source, SourceRequest, SubsetSource, file_sizes
+from vissl_like.data.source import ConcatSource, PathTable, Source, SourceRequest, SubsetSource, file_sizes
 from vissl_like.errors import ConfigError, DataError
+
+#: Where a source says what its annotations of several kinds are.
+_KINDS = {"keypoints": "keypoint_names", "part_masks": "part_names"}
 
 
 class ImageFiles:
@@ -55,13 +59,31 @@ class ImageFiles:
         return file_sizes(self.file(row) for row in range(len(self)))
 
 
+def origin(source: Any, row: int) -> tuple[Any, int]:
+    """The source that a row comes from, and the number that it has there: neither a subset nor several in a row."""
+    while isinstance(source, SubsetSource | ConcatSource):
+        source, row = source.locate(row)
+    return source, row
+
+
+def origins(source: Any) -> list[Any]:
+    """The sources that a subset, or several in a row, are made of."""
+    if isinstance(source, SubsetSource):
+        return origins(source.whole)
+    return [one for part in source.parts for one in origins(part)] if isinstance(source, ConcatSource) else [source]
+
+
+def has_annotation(source: Any, name: str) -> bool:
+    """Whether every row's source knows such a thing."""
+    return all(hasattr(one, name) or (name == "mask" and hasattr(one, "mask_file")) for one in origins(source))
+
+
 def annotation(source: Any, name: str, row: int) -> Any:
     """What a source knows of a row (keypoints, box, mask, part_masks); raises DataError if it knows no such thing.
 
-    `source` may be a subset. A mask is read from its file where there is one.
+    `source` may be a subset, or several sources in a row. A mask is read from its file where there is one.
     """
-    while isinstance(source, SubsetSource):
-        source, row = source.whole, int(source.rows[row])
+    source, row = origin(source, row)
     if name == "mask" and not hasattr(source, "mask") and hasattr(source, "mask_file"):
         return read_mask(source.mask_file(row))
     if not hasattr(source, name):
@@ -69,11 +91,34 @@ def annotation(source: Any, name: str, row: int) -> Any:
     return getattr(source, name)(row)
 
 
+def refuse_missing_annotations(source: Any, names: Iterable[str], *, key: str, protocol: str) -> None:
+    """Raises ConfigError unless all rows have these annotations, of the same keypoints and part masks."""
+    parts = origins(source)
+    for name in names:
+        without = [one.name for one in parts if not has_annotation(one, name)]
+        if without:
+            raise ConfigError(
+                f"{key}: {without[0]} has no {name}, which {protocol} of config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out."
+            )
+        kinds = [list(getattr(one, _KINDS[name], ())) for one in parts if name in _KINDS]
+        other = next((one for one, kind in zip(parts, kinds) if kind != kinds[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"{key}: the {name} of {other.name} are others than those of {parts[0].name}, so they cannot be measured "
+                "together. Evaluate one after the other."
+            )
+
+
 def groups_of(source: Any) -> tuple[np.ndarray, tuple[str, ...]] | None:
-    """(groups int64 (N,), their names), or None where the source has no groups."""
+    """(groups int64 (N,), their names), or None where the source has no groups, or several have different ones."""
     if isinstance(source, SubsetSource):
         found = groups_of(source.whole)
         return None if found is None else (found[0][source.rows], found[1])
+    if isinstance(source, ConcatSource):
+        parts = [groups_of(part) for part in source.parts]
+        known = [part for part in parts if part is not None]
+        is_same = len(known) == len(parts) and len({names for _, names in known}) == 1
+        return (np.concatenate([groups for groups, _ in known]), known[0][1]) if is_same else None
     return (source.groups, tuple(source.group_names)) if hasattr(source, "groups") else None
 
 
@@ -87,13 +132,16 @@ def read_mask(file: str) -> np.ndarray:
 
 def refuse_missing_masks(source: Source, *, key: str) -> None:
     """Raises DataError unless every row's mask is there. What is in the files is seen when they are read."""
-    whole, rows = (source.whole, source.rows) if isinstance(source, SubsetSource) else (source, range(len(source)))
-    if not len(rows):
-        return
-    if not hasattr(whole, "mask_file"):
-        annotation(source, "mask", 0)
-        return
-    missing = [file for row in rows if not Path(file := whole.mask_file(int(row))).is_file()]
+    asked: set[int] = set()  # sources that give masks without files: one row speaks for all
+    missing = []
+    for row in range(len(source)):
+        whole, inner = origin(source, row)
+        if hasattr(whole, "mask_file"):
+            file = whole.mask_file(inner)
+            missing += [] if Path(file).is_file() else [file]
+        elif id(whole) not in asked:
+            asked.add(id(whole))
+            annotation(whole, "mask", inner)
     if missing:
         more = f", nor are {len(missing) - 1} more" * (len(missing) > 1)
         raise DataError(

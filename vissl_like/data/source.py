@@ -161,7 +161,8 @@ class ConcatSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _locate(self, row: int) -> tuple[Source, int]:
+    def locate(self, row: int) -> tuple[Source, int]:
+        """The source of a row, and the number that the row has there."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.parts[part], row - int(self._starts[part])
 
@@ -202,22 +203,22 @@ class ConcatSource:
         return unicode_array(self.path(row) for row in range(len(self)))
 
     def load(self, row: int) -> Image.Image:
-        part, inner = self._locate(row)
+        part, inner = self.locate(row)
         return part.load(inner)
 
     def read(self, row: int) -> bytes | None:
-        part, inner = self._locate(row)
+        part, inner = self.locate(row)
         return encoded_row(part, inner)
 
     def path(self, row: int) -> str:
-        part, inner = self._locate(row)
+        part, inner = self.locate(row)
         file = part.file(inner)
         if file is None:
             return part.path(inner)
         return os.path.relpath(file, self.root).replace(os.sep, "/") if self.root else file
 
     def file(self, row: int) -> str | None:
-        part, inner = self._locate(row)
+        part, inner = self.locate(row)
         return part.file(inner)
 
     def stamps(self) -> np.ndarray:
@@ -255,6 +256,10 @@ class SubsetSource:
     @property
     def paths(self) -> np.ndarray:
         return self.whole.paths[self.rows]
+
+    def locate(self, row: int) -> tuple[Source, int]:
+        """The source of a row, and the number that the row has there."""
+        return self.whole, int(self.rows[row])
 
     def load(self, row: int) -> Image.Image:
         return self.whole.load(int(self.rows[row]))

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vissl_like.analysis import part_evaluation
+from vissl_like.analysis import part_evaluation, part_speed
+from vissl_like.analysis.backgrounds import Backgrounds
 from vissl_like.analysis.extraction import Loading, outputs
 from vissl_like.analysis.part_evaluation import PROTOCOLS, Measured, framing_of
 from vissl_like.analysis.part_metrics import LogitHistogram
@@ -25,6 +26,7 @@ from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.evaluation import evaluate
 from vissl_like.core.on_main import on_main
+from vissl_like.data.annotated import has_annotation, refuse_missing_annotations
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
 from vissl_like.engines import feeds, train
@@ -32,13 +34,16 @@ from vissl_like.engines.feeds import Splits
 from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
 from vissl_like.files import write_json
+from vissl_like.models.masked_vit import Decoupled
 from vissl_like.models.parts import StageOne
 from vissl_like.models.two_stage import TwoStage, leave_one_out
-from vissl_like.outputs.part_figures import Pixels, is_drawn, save_part_maps
+from vissl_like.outputs.part_figures import Drawing
+from vissl_like.tasks.parts import SUFFIXES, predicted
 
 log = logging.getLogger(__name__)
 
 THRESHOLDS_FOLDER = "thresholds"
+SPEED_FILE = "speed.json"
 
 
 def run(job: Job, run_dir: Path) -> dict[str, Any]:
@@ -72,6 +77,11 @@ def open_splits(config: Config, run_dir: Path) -> Splits:
     return Splits(train=build("TRAIN") if is_used(data, "TRAIN") else None, test=build("TEST"))
 
 
+def all_logits(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """{suffix of a classifier: logits (B, C)}."""
+    return dict(zip(SUFFIXES, predicted(model(images)).logits))
+
+
 class _Evaluation:
     """A model, its images, and what is asked of them."""
 
@@ -79,7 +89,7 @@ class _Evaluation:
         assert splits.test is not None
         self.config, self.splits, self.run_dir = config, splits, run_dir
         self.options, self.test = config.EVALUATE_PARTS, splits.test
-        self.is_drawn = False
+        self.drawing, self.is_drawn = Drawing.of(config, run_dir), False
         world = distributed.current()
         device = "gpu" if world.device.type == "cuda" else "cpu"
         self.plan = make_plan(
@@ -92,11 +102,22 @@ class _Evaluation:
         self.annotated = [name for name in self.options.PROTOCOLS if name in PROTOCOLS]
         key = "config.DATA.TEST.TRANSFORMS"
         self.framing = framing_of(config.DATA.TEST.TRANSFORMS, key=key) if self.annotated else None
+        for name in self.annotated:
+            for split in (splits.test, splits.train if name == "regression" else None):
+                if split is not None:
+                    key = f"config.DATA.{split.split}.DATA_SOURCES"
+                    refuse_missing_annotations(split.source, PROTOCOLS[name], key=key, protocol=name)
         self.model = train.make_model(config, splits)
+        others = {"in9", "background_challenge"} & set(self.options.PROTOCOLS)
+        if others and isinstance(self.model, Decoupled):
+            raise ConfigError(
+                f"config.EVALUATE_PARTS.PROTOCOLS: {min(others)} has no masks for config.MODEL.NAME='decoupled'. Leave it "
+                "out, or use another model."
+            )
         if self.annotated and not isinstance(self.model, StageOne | TwoStage):
             raise ConfigError(
-                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, so of config.EVALUATE_PARTS.PROTOCOLS only "
-                "classification can be measured. Use parts or two_stage."
+                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, which {self.annotated[0]} of "
+                "config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out, or use parts or two_stage."
             )
         train.start_weights(self.model, config, run_dir)
 
@@ -111,6 +132,9 @@ class _Evaluation:
             results |= self.interventions()
         if "thresholds" in self.options.PROTOCOLS:
             self.thresholds()
+        results |= self.other_backgrounds()
+        if "speed" in self.options.PROTOCOLS:
+            results |= self.speed()
         self.test.write_bad_images()
         if distributed.is_main():
             log.info("%s", "  ".join(f"{name}={value:.2f}" for name, value in results.items()))
@@ -119,12 +143,13 @@ class _Evaluation:
     def classification(self, prefix: str) -> dict[str, float]:
         """Accuracies of both stages on TEST."""
         found = evaluate(
-            train.make_task(self.config, self.model, self.splits),  # type: ignore[arg-type]
+            train.make_task(self.config, self.model, self.splits, drawing=self.drawing),  # type: ignore[arg-type]
             feeds.test_feed(self.config, self.test, self.plan)(),
             to_input=self.test.device_transform,
             arithmetic=self.loading.arithmetic,
             seed=self.config.SEED_VALUE,
             prefix=prefix,
+            epoch=None if self.annotated or prefix != "test" else 0,  # annotated protocols draw the same maps
         )
         return found or {}
 
@@ -150,17 +175,9 @@ class _Evaluation:
         ):
             maps = torch.from_numpy(found["maps"])
             if dataset is self.test and not self.is_drawn:
-                self.draw(read["data"], maps, rows)
+                self.drawing.draw(read["data"], maps, rows=rows.tolist(), epoch=0)
             yield rows, maps, torch.from_numpy(found["part_dot"])
         self.is_drawn = self.is_drawn or dataset is self.test
-
-    def draw(self, images: Tensor, maps: Tensor, rows: np.ndarray) -> None:
-        """Draw the maps of this batch into RUN.DIR/part_maps if it is one of those that are."""
-        options, seed = self.config.PART_MAPS, self.config.SEED_VALUE
-        batch = int(rows[0]) // self.config.DATA.TEST.BATCHSIZE_PER_REPLICA
-        if is_drawn(options, seed=seed, epoch=0, num_epochs=0, batch=batch):
-            pixels = Pixels.of(self.config.DATA.TEST.TRANSFORMS)(images)
-            save_part_maps(self.run_dir, pixels, maps, rows=rows.tolist(), epoch=0, batch=batch, options=options)
 
     def found(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor]]:
         return ((rows, maps) for rows, maps, _ in self.maps(dataset))
@@ -188,7 +205,7 @@ class _Evaluation:
             return part_evaluation.random_maps(self.blocks(dataset), num_parts=parts, grid=tuple(grid), seed=seed)
 
         results = self.annotations("random_", random)
-        if hasattr(self.test.source, "part_masks"):
+        if has_annotation(self.test.source, "part_masks"):
             results |= self.annotations(
                 "oracle_",
                 lambda dataset: part_evaluation.annotated_maps(self.blocks(dataset), dataset, framing=framing),
@@ -211,6 +228,36 @@ class _Evaluation:
             results |= self.classification("without_" + "_".join(str(part) for part in removed))
         model.options = before
         return results
+
+    # ------------------------------------------------------------------------------------------- backgrounds and speed
+    def other_backgrounds(self) -> dict[str, float]:
+        """Accuracies on ImageNet-9, and the backgrounds challenge."""
+        results: dict[str, float] = {}
+        known = Backgrounds(self.model, all_logits, self.config, self.loading)
+        if "in9" in self.options.PROTOCOLS:
+            results |= known.accuracies()
+        if "background_challenge" in self.options.PROTOCOLS:
+            results |= known.challenge()
+        return results
+
+    def speed(self) -> dict[str, float]:
+        """Write RUN.DIR/speed.json: images per second of the main process, which has the machine to itself."""
+        rows = spans(len(self.test), self.config.DATA.TEST.BATCHSIZE_PER_REPLICA)[0]
+
+        def work() -> dict[str, float]:
+            read = next(iter(self.loading.batches(self.test, [np.arange(*rows)])))
+            batch = self.loading.arithmetic.to_device(read, self.test.device_transform)
+            found = part_speed.measure(
+                self.model,
+                batch["data"],
+                batch.get("mask"),
+                options=self.options.SPEED,
+                arithmetic=self.loading.arithmetic,
+            )
+            write_json(self.run_dir / SPEED_FILE, {"batch": len(batch["data"]), "rows": found})
+            return part_speed.flat(found)
+
+        return on_main(work)
 
     def thresholds(self) -> None:
         """Write RUN.DIR/thresholds/<kept share>.json: the logit below which a share of each part's tokens lies."""

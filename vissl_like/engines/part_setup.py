@@ -13,7 +13,7 @@ from vissl_like.analysis.prototypes import find_prototypes
 from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Optimizer
 from vissl_like.core import rng
-from vissl_like.data.annotated import groups_of
+from vissl_like.data.annotated import groups_of, origins
 from vissl_like.data.images import ImageDataset
 from vissl_like.errors import ConfigError
 from vissl_like.optim import groups as param_groups
@@ -68,7 +68,7 @@ def test_facts(test: ImageDataset | None, train: ImageDataset | None) -> TestFac
     if test is None:
         return TestFacts()
     found = groups_of(test.source)
-    known = getattr(test.source, "known_classes", None)
+    known = _known_classes(test.source)
     if found is None:
         return TestFacts(known_classes=known)
     trained = None if train is None else groups_of(train.source)
@@ -77,3 +77,11 @@ def test_facts(test: ImageDataset | None, train: ImageDataset | None) -> TestFac
         counts = np.bincount(trained[0], minlength=len(found[1]))
         shares = counts / max(1, counts.sum())
     return TestFacts(groups=found[0], group_names=found[1], group_shares=shares, known_classes=known)
+
+
+def _known_classes(source: Any) -> np.ndarray | None:
+    """The classes that may be predicted, bool (C,), where every source knows them."""
+    sources = origins(source)
+    if not all(hasattr(one, "known_classes") for one in sources):
+        return None
+    return np.asarray(np.stack([one.known_classes for one in sources]).any(axis=0))

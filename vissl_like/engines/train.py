@@ -34,6 +34,7 @@ from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.optim import groups as param_groups
 from vissl_like.optim.schedules import Rates
+from vissl_like.outputs.part_figures import Drawing
 from vissl_like.outputs.writers import Writers, read_metrics, rewind
 from vissl_like.registry import resolve
 from vissl_like.tasks.request import TaskRequest
@@ -218,7 +219,8 @@ def train(
     steps_per_epoch = plan.steps_per_epoch or 0
     if steps_per_epoch == 0 and optimization.NUM_EPOCHS:
         next(train_feed(config, train_set, plan)(0, 0, True))  # raises the loader's error for too few images
-    task = make_task(config, model, splits)  # asks for widths of outputs, which a sharded model cannot tell
+    drawing = Drawing.of(config, run_dir)
+    task = make_task(config, model, splits, drawing=drawing)  # asks for widths, which a sharded model cannot tell
     parallel.arrange(model, config, inner=model.read_modules())
     optimization = optimization.model_copy(update={"WEIGHT_DECAY": plan.weight_decay})
     groups = make_groups(model, optimization)
@@ -281,7 +283,8 @@ def test_only(
 ) -> dict[str, Any]:
     """One test of the weights as they are, and one of their `averages`."""
     assert splits.test is not None
-    config, task = job.config, make_task(job.config, model, splits)
+    config = job.config
+    task = make_task(config, model, splits, drawing=Drawing.of(config, run_dir))
 
     def measure(prefix: str) -> dict[str, Any]:
         assert splits.test is not None
@@ -292,6 +295,7 @@ def test_only(
             arithmetic=arithmetic(config, plan),
             seed=config.SEED_VALUE,
             prefix=prefix,
+            epoch=0 if prefix == TESTS[0] else None,
         )
         assert found is not None
         return found
@@ -315,11 +319,11 @@ def make_ema(config: Config, model: VisionModel, *, total_steps: int) -> Ema | N
     return Ema(model, options=options, total_steps=total_steps) if options.ENABLED else None
 
 
-def make_task(config: Config, model: VisionModel, splits: Splits) -> torch.nn.Module:
+def make_task(config: Config, model: VisionModel, splits: Splits, *, drawing: Drawing | None = None) -> torch.nn.Module:
     """The task of TASK.NAME: model, loss and meters in one module."""
     make = resolve("task", config.TASK.NAME, key="TASK.NAME")
     if hasattr(make, "build"):
-        return make.build(model, task_request(config, splits))
+        return make.build(model, task_request(config, splits, drawing=drawing))
     num_outputs = count_outputs(model)
     meters = named_meters(config.METERS, model, num_outputs=num_outputs)
     build = partial(
@@ -335,7 +339,7 @@ def make_task(config: Config, model: VisionModel, splits: Splits) -> torch.nn.Mo
     )
 
 
-def task_request(config: Config, splits: Splits) -> TaskRequest:
+def task_request(config: Config, splits: Splits, *, drawing: Drawing | None = None) -> TaskRequest:
     """What a task is told about the run."""
     test = splits.test
     names = next((split.class_names for split in (splits.train, test) if split and split.class_names), None)
@@ -348,6 +352,7 @@ def task_request(config: Config, splits: Splits) -> TaskRequest:
         largest_label=largest_label(splits),
         facts=test_facts(test, splits.train),
         image_size=tuple(sample_input(splits.any).shape[-2:]),
+        drawing=drawing,
     )
 
 

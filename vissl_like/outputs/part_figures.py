@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from vissl_like.config.schema import Config
 from vissl_like.config.schema_parts import PartMaps
 from vissl_like.core import rng
 from vissl_like.errors import DataError
@@ -85,6 +86,46 @@ class Pixels:
             pixels = pixels[:, :1] * 2.55 if self.is_lab else pixels * self.scale
             pixels = pixels.round().clamp(0, 255).to(torch.uint8)
         return np.ascontiguousarray(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the part maps of a run's test batches get into its folder: which of them, and from what pixels.
+
+    `num_epochs` of the training; `batch_rows`: images of a test batch. Every process draws the batches that it has.
+    """
+
+    run_dir: Path
+    options: PartMaps
+    seed: int
+    num_epochs: int
+    batch_rows: int
+    pixels: Pixels
+
+    @classmethod
+    def of(cls, config: Config, run_dir: Path) -> Drawing:
+        """As the configuration says."""
+        test = config.DATA.TEST
+        return cls(
+            run_dir=run_dir,
+            options=config.PART_MAPS,
+            seed=config.SEED_VALUE,
+            num_epochs=config.OPTIMIZER.NUM_EPOCHS,
+            batch_rows=test.BATCHSIZE_PER_REPLICA,
+            pixels=Pixels.of(test.TRANSFORMS),
+        )
+
+    def draw(self, images: Tensor, maps: Tensor, *, rows: Sequence[int], epoch: int) -> Path | None:
+        """Draw a batch if it is one of those that are; returns the picture's file. Raises DataError.
+
+        images (B, C, H, W) as the model sees them or as the loader gives them, maps (B, K+1, h, w), rows (B,) of the split.
+        `epoch` as in is_drawn().
+        """
+        batch = rows[0] // self.batch_rows
+        if not is_drawn(self.options, seed=self.seed, epoch=epoch, num_epochs=self.num_epochs, batch=batch):
+            return None
+        shown = self.pixels(images[: self.options.MAX_IMAGES])
+        return save_part_maps(self.run_dir, shown, maps, rows=rows, epoch=epoch, batch=batch, options=self.options)
 
 
 def save_part_maps(

@@ -5,7 +5,9 @@ The model decides what there is to learn: part losses where it has parts, a cros
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +19,30 @@ from vissl_like.config.schema_model import Loss
 from vissl_like.config.schema_parts import PartsLoss
 from vissl_like.core import distributed
 from vissl_like.data.mix import make_mix
-from vissl_like.errors import ConfigError
+from vissl_like.errors import ConfigError, DataError
 from vissl_like.losses import affine as affine_maps
 from vissl_like.losses import parts as losses
 from vissl_like.losses.affine import Affine
 from vissl_like.models.masked_vit import Decoupled
 from vissl_like.models.parts import PartNoise, PartsOutput, StageOne
 from vissl_like.models.two_stage import TwoStage, TwoStageOutput
+from vissl_like.outputs.part_figures import Drawing
 from vissl_like.tasks.request import TaskRequest
+
+log = logging.getLogger(__name__)
 
 #: What a model gives for images: the logits of its classifiers, the one that counts first.
 Logits = list[Tensor]
-_SUFFIXES = ("", "_stage_1")
+#: What the names of their accuracies end with.
+SUFFIXES = ("", "_stage_1")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of a test batch; `maps` (B, K+1, h, w) where there are parts."""
+
+    logits: Logits
+    maps: Tensor | None = None
 
 
 class Parts(nn.Module):
@@ -47,11 +61,12 @@ class Parts(nn.Module):
         class_names: Sequence[str] = (),
         mix: Any = None,
         measure_training: bool = True,
+        drawing: Drawing | None = None,
     ) -> None:
-        """`mix`: callable(images, labels) -> (images, soft labels), for mixup and cutmix."""
+        """`mix`: callable(images, labels) -> (images, soft labels), for mixup and cutmix. `drawing`: of the test's maps."""
         super().__init__()
         self.model, self.options, self.num_classes, self.mix = model, loss.PARTS, num_classes, mix
-        self.measure_training = measure_training
+        self.measure_training, self.drawing = measure_training, drawing
         count = 2 if isinstance(model, TwoStage) else 1
         self.tested = [ClassMetrics(num_classes, facts=facts, class_names=class_names) for _ in range(count)]
         self.trained = [ClassMetrics(num_classes, class_names=class_names, with_auroc=False) for _ in range(count)]
@@ -71,6 +86,7 @@ class Parts(nn.Module):
             facts=request.facts,
             class_names=request.class_names,
             measure_training=request.meters.ENABLE_TRAINING_METER,
+            drawing=request.drawing,
         )
 
     @property
@@ -100,7 +116,7 @@ class Parts(nn.Module):
         weights = [self.options.CLASSIFICATION_LOSS_STAGE_2, self.options.CLASSIFICATION_LOSS]
         if isinstance(self.model, StageOne):
             weights = weights[1:]
-        for values, weight, suffix in zip(logits, weights, _SUFFIXES):
+        for values, weight, suffix in zip(logits, weights, SUFFIXES):
             if weight:
                 terms[f"loss_classification{suffix}"] = weight * classification(values, targets, self.options)
         self._count_training(logits, labels)
@@ -135,20 +151,28 @@ class Parts(nn.Module):
                 counts.update(values, labels)
 
     # ----------------------------------------------------------------------------------------------------------- test
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Logits:
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Predicted:
         """Logits (B, C) of the classifier that counts, then of stage 1 where there are two."""
         if isinstance(model, Decoupled):
-            return [model(batch["data"], batch["mask"])]
-        output = model(batch["data"])
-        if isinstance(output, TwoStageOutput):
-            return [output.logits, output.stage_one.logits]
-        return [output.logits if isinstance(output, PartsOutput) else output]
+            return Predicted([model(batch["data"], batch["mask"])])
+        return predicted(model(batch["data"]))
 
-    def score(self, outputs: Logits, batch: Mapping[str, Any]) -> Tensor:
-        """Count a batch; returns the sum of the plain cross-entropies, ()."""
-        for counts, values in zip(self.tested, outputs):
+    def score(self, outputs: Predicted, batch: Mapping[str, Any]) -> Tensor:
+        """Count a batch, and draw it if it is one of those; returns the sum of the plain cross-entropies, ()."""
+        for counts, values in zip(self.tested, outputs.logits):
             counts.update(values, batch["label"], rows=batch["index"])
-        return torch.stack([F.cross_entropy(values.float(), batch["label"]) for values in outputs]).sum()
+        self._draw(outputs.maps, batch)
+        return torch.stack([F.cross_entropy(values.float(), batch["label"]) for values in outputs.logits]).sum()
+
+    def _draw(self, maps: Tensor | None, batch: Mapping[str, Any]) -> None:
+        """A picture that cannot be written is no reason to end a training."""
+        epoch = batch.get("epoch")
+        if self.drawing is None or maps is None or epoch is None:
+            return
+        try:
+            self.drawing.draw(batch["data"], maps, rows=batch["index"].tolist(), epoch=epoch)
+        except DataError as problem:
+            log.warning("%s The run goes on without this picture.", problem)
 
     def test_metrics(self, prefix: str) -> dict[str, float]:
         """Accuracies of all ranks; the counts start again. A collective call."""
@@ -171,9 +195,16 @@ class Parts(nn.Module):
                 counts.add_state(dict(state))
 
 
+def predicted(output: TwoStageOutput | PartsOutput | Tensor) -> Predicted:
+    """What a model of any kind gave for images, in one form."""
+    if isinstance(output, TwoStageOutput):
+        return Predicted([output.logits, output.stage_one.logits], output.stage_one.maps)
+    return Predicted([output.logits], output.maps) if isinstance(output, PartsOutput) else Predicted([output])
+
+
 def _flatten(counted: Sequence[ClassMetrics], prefix: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    for counts, suffix in zip(counted, _SUFFIXES):
+    for counts, suffix in zip(counted, SUFFIXES):
         found |= counts.flatten(prefix, suffix=suffix)
         counts.reset()
     return found

@@ -1,0 +1,171 @@
+"""Part models on a handful of toy birds: maps drawn while they train, evaluations at one and two ranks, odd inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.integration.test_engines import run, run_ranks
+from vissl_like.config.schema import Job
+from vissl_like.data import toybirds
+from vissl_like.errors import ConfigError
+from vissl_like.outputs.report_parts import part_pictures
+from vissl_like.outputs.run_folder import RunFolder
+
+SIDE = 32
+TRANSFORMS = [
+    {"name": "Resize", "size": SIDE},
+    {"name": "CenterCrop", "size": SIDE},
+    {"name": "ToTensor"},
+    {"name": "Normalize", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+]
+VIT = {"NAME": "timm/vit_tiny_patch16_224", "OPTIONS": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}}
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 20 test images of 72 pixels."""
+    folder = tmp_path_factory.mktemp("birds") / "cub"
+    toybirds.make_folder(folder, lambda target: toybirds.write_cub(target, train=24, test=20))
+    return folder
+
+
+def job(engine: str, birds: Path, **changes: Any) -> Job:
+    """A job on the toy birds; changes are {"DATA__TRAIN__X": value}."""
+    split = {
+        "DATA_SOURCES": ["cub"],
+        "DATA_PATHS": [str(birds)],
+        "BATCHSIZE_PER_REPLICA": 6,
+        "TRANSFORMS": TRANSFORMS,
+    }
+    config: dict[str, Any] = {
+        "RUN": {"PROGRESS": "none", "REPORT": False},
+        "MACHINE": {"NUM_THREADS": 1},
+        "TASK": {"NAME": "parts"},
+        "DATA": {"NUM_DATALOADER_WORKERS": 0, "TRAIN": dict(split), "TEST": dict(split)},
+        "MODEL": {"NAME": "parts", "TRUNK": {"NAME": "conv_stem"}, "PARTS": {"NUM_PARTS": 3}},
+        "OPTIMIZER": {"NUM_EPOCHS": 3, "NAME": "adamw", "PARAM_SCHEDULERS": {"LR": {"START_VALUE": 0.001}}},
+    }
+    for key, value in changes.items():
+        node, *path = config, *key.split("__")
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return Job.model_validate({"engine_name": engine, "config": config})
+
+
+def drawn(run_dir: Path) -> list[str]:
+    return sorted(file.name for file in (run_dir / "part_maps").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- maps in a training
+def test_maps_are_drawn_while_a_model_trains(birds: Path, tmp_path: Path) -> None:
+    """Of epochs 1, 2 and 3 the first and every second; all four test batches, the same at any number of ranks."""
+    wanted = {"PART_MAPS": {"SAVING_PROB": 1.0, "EVERY_EPOCHS": 2, "MAX_IMAGES": 2}, "MODEL__EMA": {"ENABLED": True}}
+    run(job("train", birds, **wanted), tmp_path / "one")
+    names = [f"{epoch:04d}_{batch:05d}.{kind}" for epoch in (1, 2, 3) for batch in range(4) for kind in ("jpg", "json")]
+    assert drawn(tmp_path / "one") == names
+    halves = job("train", birds, DATA__TRAIN__BATCHSIZE_PER_REPLICA=3, **wanted)
+    assert run_ranks([(halves, tmp_path / "two")], tmp_path / "ranks", ranks=2) == [0, 0]
+    assert drawn(tmp_path / "two") == names
+    for name in names[1::2]:
+        one, two = (json.loads((tmp_path / ranks / "part_maps" / name).read_text()) for ranks in ("one", "two"))
+        assert one["rows"] == two["rows"] == [6 * one["batch"], 6 * one["batch"] + 1]
+    newest = part_pictures(RunFolder(tmp_path / "one"))[-1]
+    assert (newest.epoch, newest.batch) == (3, 3)
+
+
+def test_only_the_chosen_epochs_are_drawn(birds: Path, tmp_path: Path) -> None:
+    rarely = {"SAVING_PROB": 1e-9, "EVERY_EPOCHS": 2}
+    run(job("train", birds, OPTIMIZER__NUM_EPOCHS=5, PART_MAPS=rarely), tmp_path)
+    assert [name for name in drawn(tmp_path) if name.endswith("jpg")] == [f"000{e}_00000.jpg" for e in (1, 2, 4, 5)]
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_a_training(
+    birds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "part_maps").write_text("in the way")
+    found = run(job("train", birds, OPTIMIZER__NUM_EPOCHS=1), tmp_path)
+    assert "test_top_1" in found
+    assert "part_maps" in caplog.text and "goes on without" in caplog.text
+
+
+def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path) -> None:
+    run(job("train", birds, PART_MAPS={"SAVING_PROB": 1e-9}, TEST_ONLY=True), tmp_path)
+    assert drawn(tmp_path) == ["0000_00000.jpg", "0000_00000.json"]
+
+
+# --------------------------------------------------------------------------------------------------------- evaluations
+@pytest.fixture(scope="module")
+def challenge(birds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet-9's folders: pieces of birds on pieces of birds; the eight classes of the model are the first of nine."""
+    root = tmp_path_factory.mktemp("challenge")
+    files = sorted((birds / "images").glob("*/*.*"))
+    mask = np.zeros((72, 72), dtype=bool)
+    mask[16:56, 16:56] = True
+    for number in range(18):
+        image = np.asarray(Image.open(files[number]).convert("RGB"))
+        kind = f"{number % 9:02}_kind"
+        for shift, variant in enumerate(("original", "mixed_same", "mixed_rand", "only_bg_t")):
+            file = root / variant / "val" / kind / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.roll(image, 20 * shift, axis=0)).save(file)
+        (root / "fg_mask" / "val" / kind).mkdir(parents=True, exist_ok=True)
+        np.save(root / "fg_mask" / "val" / kind / f"{number}.npy", mask)
+    (root / "in_to_in9.json").write_text(json.dumps({str(c): c for c in range(8)}))
+    return root
+
+
+def test_everything_is_measured_alike_at_one_and_two_ranks(birds: Path, challenge: Path, tmp_path: Path) -> None:
+    """A two-stage model with random weights; K = 1, since a single part is the least there can be."""
+    jobs = []
+    for parts in (1, 3):
+        jobs.append(
+            job(
+                "evaluate_parts",
+                birds,
+                MODEL__NAME="two_stage",
+                MODEL__TRUNK=VIT,
+                MODEL__PARTS={"NUM_PARTS": parts},
+                EVALUATE_PARTS={
+                    "PROTOCOLS": [
+                        *("classification", "keypoints", "regression", "foreground"),
+                        *("leave_one_out", "thresholds", "in9", "background_challenge", "speed"),
+                    ],
+                    "BACKGROUNDS": {"PATH": str(challenge)},
+                    "SPEED": {"REPEATS": 2, "WARMUP": 0, "SHARES": [0.5]},
+                },
+            )
+        )
+    found = [run(one, tmp_path / f"1_{number}") for number, one in enumerate(jobs)]
+    runs = [(one, tmp_path / f"2_{number}") for number, one in enumerate(jobs)]
+    assert run_ranks(runs, tmp_path / "ranks", ranks=2) == [0, 0]
+    for number, one in enumerate(found):
+        two = json.loads((tmp_path / f"2_{number}" / "results.json").read_text())
+        speeds = {key: one.pop(key) for key in list(one) if key.startswith("speed_images")}
+        assert len(speeds) == 2 and all(value > 0 for value in speeds.values())
+        assert one == {key: value for key, value in two.items() if key not in speeds}
+        assert one["bg_gap"] == pytest.approx(one["in9_mixed_same"] - one["in9_mixed_rand"])
+        assert one["bg_gap_stage_1"] == pytest.approx(one["in9_mixed_same_stage_1"] - one["in9_mixed_rand_stage_1"])
+        assert one["background_challenge"] <= one["in9_original"] <= 100 * 16 / 18  # nothing is the ninth class
+        table = json.loads((tmp_path / f"1_{number}" / "speed.json").read_text())
+        assert [row["foreground"] for row in table["rows"]] == ["own", 0.5]
+        assert table["rows"][1]["kept_tokens"] == 0.5 and table["batch"] == 6
+        assert table["rows"][0]["kept_tokens"] == pytest.approx(one["speed_kept_tokens"] / 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "BACKGROUNDS.PATH is not given"),
+        ({"MODEL__NAME": "decoupled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "no masks for"),
+    ],
+)
+def test_evaluations_that_cannot_be(birds: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(job("evaluate_parts", birds, **changes), tmp_path)
