@@ -260,3 +260,12 @@ def test_positions_out_of_view_do_not_count() -> None:
     back = affine_module.warp_back(maps, affine, image_size=(64, 64))
     assert float(parts.equivariance(maps, back)) > 0.1
     assert float(parts.equivariance(maps, back, inside=seen)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_of_maps_that_are_not_finite_is_not_a_number(bad: float) -> None:
+    """It raised within PyTorch, so the loop could not say in which step the loss went wrong."""
+    background = torch.full((2, 4, 4), 0.5)
+    background[1, 2, 2] = bad
+    assert parts.enforced_presence(background).isnan()
+    assert parts.enforced_presence(background, kind="log").isnan()

@@ -117,9 +117,14 @@ def presence(peaks: Tensor, *, kind: str = "original", beta: float = 0.1) -> Ten
 
 
 def _surely(probability: Tensor) -> Tensor:
-    """Mean of -log p: binary cross-entropy against 1, whose logarithm ends at -100."""
+    """Mean of -log p: binary cross-entropy against 1, whose logarithm ends at -100. Not a number where p is not finite.
+
+    PyTorch raises there (on a GPU the device is lost), before the loop could say in which step the loss went wrong.
+    """
     with exact(probability):
-        return F.binary_cross_entropy(probability, torch.ones_like(probability))
+        finite = torch.where(probability.isfinite(), probability, 1.0)
+        lost = (probability - finite).detach()  # 0, or not finite
+        return F.binary_cross_entropy(finite, torch.ones_like(finite)) + (lost * 0).sum()
 
 
 def pixel_wise_entropy(maps: Tensor) -> Tensor:
