@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from vissl_like.launch.main import main
 
@@ -100,6 +101,22 @@ def test_a_folder_with_another_run_is_refused_key_by_key(capsys: pytest.CaptureF
     assert "  config.SEED_VALUE: there 0, now 5" in error and "  config.OPTIMIZER.NUM_EPOCHS: there 90, now 4" in error
     assert "config.RUN.OVERWRITE=true" in error
     assert read("a/results.json")["seed"] == 0
+
+
+def test_a_run_that_computed_nothing_does_not_keep_its_folder() -> None:
+    assert run("config.RUN.DIR=a", "config.RUN.NAME=mistake") == 3
+    assert run("config.RUN.DIR=a", "config.RUN.NAME=", "config.SEED_VALUE=5") == 0
+    assert read("a/results.json")["seed"] == 5
+
+
+def test_the_folder_of_the_images_is_no_run_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = workplace / "images" / "a"
+    images.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(images / "1.png")
+    data = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.DATA.TRAIN.DATA_PATHS=[images]"]
+    assert run("config.RUN.DIR=images", *data) == 2
+    assert "this is a folder of images (config.DATA.TRAIN.DATA_PATHS)" in capsys.readouterr().err
+    assert os.listdir("images") == ["a"]
 
 
 def test_another_engine_is_never_taken_for_finished(capsys: pytest.CaptureFixture[str]) -> None:

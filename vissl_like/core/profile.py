@@ -90,6 +90,8 @@ class Profile(Unprofiled):
     def close(self) -> None:
         """Write what there is: a short training may end in the middle of its profile."""
         self._end_region()
+        if self._finished <= self._options.WAIT:
+            log.warning("no profile: the run ended before config.PROFILE.WAIT=%d steps were over", self._options.WAIT)
         try:
             self._stop_timing()
         except RuntimeError:  # the GPU has failed, which the training itself reports

@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_at_least(0), default=-1, metavar="N", help="processes; default one per core")
     parser.add_argument("--format", choices=["folder", "webdataset"], default="folder", help="default folder")
     parser.add_argument(
-        "--shard-size", type=_at_least(1), default=1000, metavar="N", help="images per webdataset shard"
+        "--shard-size", type=_at_least(1), default=1000, metavar="N", help="images per webdataset shard, default 1000"
     )
     parser.add_argument(
         "--mixed",

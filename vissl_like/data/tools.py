@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """The words after `data`. Returns the exit code; what the user can mend is raised as UserError."""
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: vissl-like data VERB ...\n\n" + "\n".join(f"  {name:<12}{_WORDS[name]}" for name in _VERBS))
+        print("usage: vissl-like data VERB ...\n\n" + "\n".join(f"  {name:<16}{_WORDS[name]}" for name in _VERBS))
         return 0
     verb = words[0]
     if verb not in _VERBS:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vissl_like import __version__, files
 from vissl_like.config.plan import PLAN_FILE, Plan, write_plan
+from vissl_like.config.rules import SPLITS
 from vissl_like.config.saved import CONFIG_FILE, config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError, explained
@@ -33,6 +34,12 @@ OUTPUTS = (
     *(CONFIG_FILE, LAUNCH_FILE, PLAN_FILE, RESULTS_FILE, MANIFEST_FILE, "environment.json", "log.txt", "metrics.jsonl"),
     *("weights_report.json", "weights_report.txt", "bad_images.txt", "report.html", "table.json", "wandb_id.txt"),
     *("checkpoints", "figures", "replay", "features", "clusters", "predictions", "tb_logs", ".errors"),
+    *("part_maps", "thresholds", "speed.json", "profile"),
+)
+#: What a run computes; without any of it the folder of one that failed may take a run of another configuration.
+_WORK = (
+    *(RESULTS_FILE, MANIFEST_FILE, "metrics.jsonl", "checkpoints", "features", "clusters", "predictions"),
+    *("part_maps", "thresholds", "speed.json", "replay"),
 )
 
 
@@ -66,15 +73,28 @@ def is_run(run_dir: Path) -> bool:
     return (run_dir / CONFIG_FILE).is_file()
 
 
+def holds_work(run_dir: Path) -> bool:
+    """Whether a run has computed anything in this folder. Stages of a pipeline lie in folders of their own."""
+    made = [run_dir / name for name in _WORK]
+    has_stages = any(run_dir.glob(f"*/{CONFIG_FILE}"))
+    return has_stages or any(any(path.iterdir()) if path.is_dir() else _size(path) > 0 for path in made)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
 def check_reuse(job: Job, plan: Plan, run_dir: Path) -> None:
-    """Refuse a folder with the run of another configuration, naming every key that differs."""
+    """Refuse a folder with the run of another configuration, naming every key that differs, or with the images."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"config.RUN.DIR={str(run_dir)!r}: this is a file. Choose a folder.")
-    if not is_run(run_dir) or job.config.RUN.OVERWRITE:
+    _refuse_folder_of_images(job, run_dir)
+    if not is_run(run_dir) or job.config.RUN.OVERWRITE or not holds_work(run_dir):
         return
+    weights = f" (to go on from these weights there: config.MODEL.WEIGHTS_INIT.PARAMS_FILE={run_dir})"
     cure = (
-        "Choose another config.RUN.DIR (to go on from these weights there: "
-        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={run_dir}), or start anew here with config.RUN.OVERWRITE=true."
+        f"Choose another config.RUN.DIR{weights if (run_dir / 'checkpoints').is_dir() else ''}, "
+        "or start anew here with config.RUN.OVERWRITE=true."
     )
     try:
         before = read_job(run_dir)
@@ -85,6 +105,18 @@ def check_reuse(job: Job, plan: Plan, run_dir: Path) -> None:
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise ConfigError(f"config.RUN.DIR={str(run_dir)!r} holds a run with another configuration:\n{lines}\n{cure}")
+
+
+def _refuse_folder_of_images(job: Job, run_dir: Path) -> None:
+    """A run in the folder of its images would add its figures to them."""
+    here = run_dir.resolve()
+    for split in SPLITS:
+        for path in getattr(job.config.DATA, split).DATA_PATHS:
+            if path and Path(path).expanduser().is_dir() and Path(path).expanduser().resolve() == here:
+                raise ConfigError(
+                    f"config.RUN.DIR={str(run_dir)!r}: this is a folder of images (config.DATA.{split}.DATA_PATHS), and "
+                    "a run's own pictures would be read as images of it. Choose another folder."
+                )
 
 
 def holds_other(job: Job, run_dir: Path) -> bool:

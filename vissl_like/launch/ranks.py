@@ -57,6 +57,10 @@ def run_ranks(plan: Plan, run_dir: Path) -> dict[str, Any]:
             raise cause from None
         except SignalException as error:
             raise signal_cause(left_words(errors_dir), int(error.sigval)) from None
+        except Exception:  # PyTorch fails to read what a process that was stopped while it started has left
+            if not received:
+                raise
+            raise signal_cause(left_words(errors_dir), received[0]) from None
         finally:
             shutil.rmtree(errors_dir, ignore_errors=True)
 

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from vissl_like.config.plan import Plan
+from vissl_like.errors import Stopped, UserError
 from vissl_like.launch import logs
 from vissl_like.launch.endings import DONE, Ending
 from vissl_like.launch.endpoint import interface_towards
@@ -86,8 +87,10 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
             return None
         except SignalException as error:
             return Ending.of(signal_cause(left_words(Path(words_dir)), int(error.sigval)))
-        except Exception as error:  # Stopped, or a verdict that came while the ranks ran
+        except (UserError, Stopped) as error:  # also a verdict that came while the ranks ran
             return Ending.of(error)
+        except Exception as error:  # after a signal: PyTorch cannot read what a process that was starting has left
+            return Ending.of(signal_cause(left_words(Path(words_dir)), received[0]) if received else error)
 
 
 class _NoBarrier(PrefixStore):
