@@ -115,9 +115,11 @@ class FusedGeometry:
 
 def find_fused(transforms: Sequence[Any], *, use_reduced: bool = False) -> FusedGeometry | None:
     """The fused form of the transforms that a list begins with; None where it begins with others."""
+    if not transforms:
+        return None
     from torchvision.transforms import v2
 
-    if not transforms or type(transforms[0]) not in (v2.RandomResizedCrop, v2.Resize):
+    if type(transforms[0]) not in (v2.RandomResizedCrop, v2.Resize):
         return None
     first = transforms[0]
     mode = _mode_of(first)
