@@ -12,6 +12,7 @@ PIP_ARGS ?=
 DEMO ?=
 DEMO_DIR ?= runs/demo
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -28,7 +29,8 @@ demo: $(VENV)/.installed-demo
 	@echo "The report, for a browser: $(CURDIR)/$(DEMO_DIR)/report.html"
 
 test: $(VENV)/.installed-dev network-tools
-	$(BIN)/python -m pytest tests/unit tests/numerics tests/integration --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/numerics tests/integration --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	  --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
