@@ -23,7 +23,7 @@ import numpy as np
 
 from vissl_like.analysis.npy_file import NpyFile, create_array
 from vissl_like.analysis.rows import as_float32, as_stored, spans
-from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, row_sums
+from vissl_like.analysis.shards import array_problem, lost_blocks, lost_files, row_sums, sums_file
 from vissl_like.errors import DataError
 from vissl_like.files import damage, read_json, record_of, refusals_explained, write_array, write_json
 from vissl_like.registry import suggest
@@ -83,9 +83,10 @@ class FeatureWriter:
     ) -> bool:
         """Make the folder ready for writers; returns False if the very same extraction is already complete there.
 
-        Finished blocks of an interrupted one are kept, except where their rows are missing or damaged. What belongs to
-        another extraction is an error unless `overwrite`. A block is a batch of the model, which may decide about the last
-        bit of a feature: a complete extraction is taken with the blocks that it has, an interrupted one goes on with them.
+        Finished blocks of an interrupted one are kept, except where their files are missing or cut off; rows are compared
+        with their checksums when they are read, not here. What belongs to another extraction is an error unless
+        `overwrite`. A block is a batch of the model, which may decide about the last bit of a feature: a complete extraction
+        is taken with the blocks that it has, an interrupted one goes on with them.
         """
         with refusals_explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,8 +101,10 @@ class FeatureWriter:
             found = None
         is_complete = bool(found and found.get("complete"))
         done = _finished_blocks(folder, wanted, complete=is_complete)
-        done[_damaged_blocks(folder, wanted, done)] = 0
-        if is_complete and done.all() and not _damaged_arrays(folder, found or {}):
+        arrays = _damaged_arrays(folder, found or {}) if is_complete else []
+        lost = lost_files(folder, wanted)
+        done[lost_blocks(folder, wanted, lost=lost, suspects=arrays)] = 0
+        if is_complete and done.all() and not arrays:
             _remove_marks(folder)
             return False
         _write_arrays(folder, subject)
@@ -112,6 +115,8 @@ class FeatureWriter:
             write_array(folder / _INVALID, invalid)
         write_json(folder / _PARTIAL, wanted)
         (folder / MANIFEST).unlink(missing_ok=True)
+        for name, form in lost.items():  # only now: zeros are never there while something says that they are features
+            create_array(folder / name, **form)
         if done.any():
             logger.info("%s: %d of %d blocks of rows are there already", folder, int(done.sum()), len(done))
         return True
@@ -125,7 +130,7 @@ class FeatureWriter:
         (start, stop), shard_rows = self.blocks[block], self.state["shard_rows"]
         for name, layer in self.state["layers"].items():
             array = self._stored(name, layer, features[name], start=start, stop=stop)
-            self._put(_sums_file(self.folder, layer), row_sums(array), row=start)
+            self._put(self.folder / sums_file(layer), row_sums(array), row=start)
             for shard in range(start // shard_rows, -(-stop // shard_rows)):
                 low = shard * shard_rows
                 first, last = max(start, low), min(stop, low + shard_rows)
@@ -207,7 +212,7 @@ class FeatureWriter:
                 f"{folder}: {len(missing)} blocks of rows were not written. Extract again; the others are kept."
             )
         bad = np.flatnonzero(np.load(folder / _INVALID, allow_pickle=False))
-        files = [folder / name for name in _ARRAYS] + [_sums_file(folder, layer) for layer in state["layers"].values()]
+        files = [folder / name for name in _ARRAYS] + [folder / sums_file(layer) for layer in state["layers"].values()]
         records = {file.relative_to(folder).as_posix(): record_of(file) for file in files if file.exists()}
         manifest = {**state, "bad_rows": bad.tolist(), "files": records, "complete": True}
         write_json(folder / MANIFEST, manifest)
@@ -297,34 +302,10 @@ def _finished_blocks(folder: Path, wanted: dict[str, Any], *, complete: bool) ->
     return np.array(done) if same else np.zeros(count, dtype=np.uint8)
 
 
-def _damaged_blocks(folder: Path, wanted: dict[str, Any], done: np.ndarray) -> np.ndarray:
-    """Numbers of the blocks whose rows are not as they were written. What is missing is made, at its full size."""
-    rows, shard_rows, block_rows = wanted["rows"], wanted["shard_rows"], wanted["block_rows"]
-    is_done = np.repeat(done, block_rows)[:rows] == 1
-    damaged = [np.zeros(0, dtype=np.int64)]
-    for layer in wanted["layers"].values():
-        file = _sums_file(folder, layer)
-        if array_problem(file, shape=(rows,), dtype="uint64"):
-            create_array(file, shape=(rows,), dtype="uint64")
-        sums = np.load(file, mmap_mode="r", allow_pickle=False)
-        for name, (start, stop) in zip(layer["shards"], spans(rows, shard_rows), strict=True):
-            shape = (stop - start, *layer["shape"])
-            if array_problem(folder / name, shape=shape, dtype=layer["dtype"]):
-                create_array(folder / name, shape=shape, dtype=layer["dtype"])
-                damaged.append(np.arange(start, stop))
-            elif is_done[start:stop].any():
-                damaged.append(start + changed_rows(NpyFile(folder / name), sums[start:stop]))
-    return np.unique(np.concatenate(damaged) // block_rows)
-
-
 def _damaged_arrays(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Names of the small files that are not as a finished extraction left them."""
     records = manifest.get("files") or {MANIFEST: {}}
     return [name for name, record in records.items() if damage(folder / name, record)]
-
-
-def _sums_file(folder: Path, layer: dict[str, Any]) -> Path:
-    return (folder / layer["shards"][0]).with_name(SUMS)
 
 
 def _remove_marks(folder: Path) -> None:
@@ -360,7 +341,7 @@ class FeatureStore:
         self.shape, self.dtype = tuple(described["shape"]), described["dtype"]
         self.shard_rows = int(manifest["shard_rows"])
         self._shards = [self._map(file, number) for number, file in enumerate(described["shards"])]
-        self._sums = NpyFile(self._whole(_sums_file(folder, described).relative_to(folder).as_posix()))
+        self._sums = NpyFile(self._whole(sums_file(described)))
         self._is_checked = np.zeros(self.rows, dtype=bool)
 
     @classmethod
