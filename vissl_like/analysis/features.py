@@ -10,18 +10,18 @@ what was written: shards are checked for their size when they are opened, rows f
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.npy_file import NpyFile, create_array
+from vissl_like.analysis.npy_file import NpyFile, OpenArrays, create_array
 from vissl_like.analysis.rows import as_float32, as_stored, spans
 from vissl_like.analysis.shards import array_problem, lost_blocks, lost_files, row_sums, sums_file
 from vissl_like.errors import DataError
@@ -33,10 +33,10 @@ _PARTIAL = "partial.json"
 _DONE = "done.npy"
 _INVALID = "invalid.npy"
 _ARRAYS = ("images.npy", "sizes.npy", "labels.npy")
-# Finished blocks are forced to the disk and then marked at this interval; a crash loses at most so much work.
+# Finished blocks are forced to the disk and then marked at this interval, or after so many bytes; a crash loses at most
+# twice so much work.
 _MARK_EVERY_S = 10.0
-# Files that a writer has open at a time; the system allows a process 1,024 by default.
-_OPEN_FILES = 64
+_FLUSH_BYTES = 32 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,11 @@ class FeatureWriter:
             raise DataError(f"{folder / _PARTIAL}: missing; was the folder changed during extraction? Extract again.")
         self.state = state
         self.blocks = spans(self.state["rows"], self.state["block_rows"])
-        self._files: dict[Path, tuple[int, int]] = {}
+        self._files = OpenArrays(folder)
         self._written: list[int] = []
-        self._marked_at = time.monotonic()
+        self._flushed_at = time.monotonic()
+        self._flushing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="features")
 
     @staticmethod
     def prepare(
@@ -130,16 +132,18 @@ class FeatureWriter:
         (start, stop), shard_rows = self.blocks[block], self.state["shard_rows"]
         for name, layer in self.state["layers"].items():
             array = self._stored(name, layer, features[name], start=start, stop=stop)
-            self._put(self.folder / sums_file(layer), row_sums(array), row=start)
+            self._files.put(self.folder / sums_file(layer), row_sums(array), row=start)
             for shard in range(start // shard_rows, -(-stop // shard_rows)):
                 low = shard * shard_rows
                 first, last = max(start, low), min(stop, low + shard_rows)
-                self._put(self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low)
+                self._files.put(
+                    self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low
+                )
         if valid is not None:
-            self._put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
+            self._files.put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
         self._written.append(block)
-        if time.monotonic() - self._marked_at > _MARK_EVERY_S:
-            self.flush()
+        if self._files.num_bytes > _FLUSH_BYTES or time.monotonic() - self._flushed_at > _MARK_EVERY_S:
+            self._begin_flush()
 
     def _stored(self, name: str, layer: dict[str, Any], array: np.ndarray, *, start: int, stop: int) -> np.ndarray:
         if tuple(array.shape) != (stop - start, *layer["shape"]):
@@ -158,47 +162,36 @@ class FeatureWriter:
             raise DataError(f"layer {name!r}: the features of row {row} hold NaN or infinity. {cure}")
         return stored
 
-    def _put(self, file: Path, array: np.ndarray, *, row: int) -> None:
-        """Write rows in place. By pwrite, not through a map: a full disk is then an error and not a bus error."""
-        handle, offset = self._open(file)
-        data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-        position = offset + row * (len(data) // len(array))
-        with refusals_explained(file):
-            while data:
-                count = os.pwrite(handle, data, position)
-                data, position = data[count:], position + count
-
-    def _open(self, file: Path) -> tuple[int, int]:
-        if file not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                self._force()
-            with refusals_explained(file):
-                offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
-                self._files[file] = (os.open(file, os.O_RDWR), offset)
-        return self._files[file]
-
     def flush(self) -> None:
         """Force what was written to the disk, then mark its blocks as done."""
-        self._force()
-        for block in self._written:
-            self._put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
-        self._written.clear()
-        self._marked_at = time.monotonic()
+        self._begin_flush()
+        self._end_flush()
 
     def close(self) -> None:
         """Flush and close; on every process, before finish()."""
-        self.flush()
-        self._force()
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
 
-    def _force(self) -> None:
-        """Force the open files to the disk and close them."""
-        with refusals_explained(self.folder):
-            while self._files:
-                _, (handle, _) = self._files.popitem()
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+    def _begin_flush(self) -> None:
+        """Let a thread do it, while the next blocks are made and written. What went wrong in it before is raised now."""
+        self._end_flush()
+        files, blocks = self._files, self._written
+        self._files, self._written = OpenArrays(self.folder), []
+        self._flushed_at = time.monotonic()
+        self._flushing = self._thread.submit(self._force, files, blocks)
+
+    def _end_flush(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+    def _force(self, files: OpenArrays, blocks: list[int]) -> None:
+        files.force()
+        for block in blocks:
+            files.put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
+        files.force()
 
     @staticmethod
     def finish(folder: Path) -> dict[str, Any]:
