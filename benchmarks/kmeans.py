@@ -81,14 +81,19 @@ def by_sklearn(x: np.ndarray, *, k: int, iterations: int) -> float:
     return float(found.inertia_)
 
 
-def product(x: np.ndarray, *, k: int, iterations: int) -> float:
-    """torch.mm of the same blocks into the same memory, and nothing else."""
+def product(x: np.ndarray, *, k: int, iterations: int, by_torch: bool = False) -> float:
+    """The products of the same blocks into the same memory, and nothing else; by numpy, as ours, or by PyTorch."""
     size = block_rows(k, x.shape[1], device=torch.device("cpu"))
-    centroids = torch.from_numpy(x[initial_rows(len(x), k, seed=0)])
-    scores = torch.empty(size, k)
+    centroids = x[initial_rows(len(x), k, seed=0)]
+    scores = np.empty((size, k), dtype=np.float32)
     for _ in range(iterations):
-        for block in torch.from_numpy(x).split(size):
-            torch.mm(block, centroids.T, out=scores[: len(block)])
+        for start in range(0, len(x), size):
+            block = x[start : start + size]
+            if by_torch:
+                out = torch.from_numpy(scores[: len(block)])
+                torch.mm(torch.from_numpy(block), torch.from_numpy(centroids).T, out=out)
+            else:
+                np.matmul(block, centroids.T, out=scores[: len(block)])
     return 0.0
 
 
@@ -101,6 +106,7 @@ def variants(k: int, iterations: int) -> dict[str, Variant]:
         "faiss": lambda x: by_faiss(x, **run),
         "scikit-learn": lambda x: by_sklearn(x, **run),
         LIMIT: lambda x: product(x, **run),
+        "the same by PyTorch": lambda x: product(x, **run, by_torch=True),
     }
 
 
