@@ -36,7 +36,7 @@ _ARRAYS = ("images.npy", "sizes.npy", "labels.npy")
 # Finished blocks are forced to the disk and then marked at this interval, or after so many bytes; a crash loses at most
 # twice so much work.
 _MARK_EVERY_S = 10.0
-_FLUSH_BYTES = 32 << 20
+_FLUSH_BYTES = 64 << 20
 
 logger = logging.getLogger(__name__)
 

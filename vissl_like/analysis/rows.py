@@ -205,9 +205,9 @@ def as_stored(array: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     wanted = torch.float16 if kind == "float16" else torch.float32
-    stored = tensor.to(wanted).numpy()
     # No number is larger than the root of the sum of all squares, and this sum is one quick pass: mostly it is enough.
-    if float(torch.dot(tensor.view(-1), tensor.view(-1))) <= torch.finfo(wanted).max ** 2:
-        return stored, True
-    extremes = torch.stack(torch.aminmax(tensor)).to(wanted)  # NaN if there is one
-    return stored, bool(torch.isfinite(extremes).all())
+    is_finite = float(torch.dot(tensor.view(-1), tensor.view(-1))) <= torch.finfo(wanted).max ** 2
+    if not is_finite:
+        extremes = torch.stack(torch.aminmax(tensor)).to(wanted)  # NaN if there is one
+        is_finite = bool(torch.isfinite(extremes).all())
+    return tensor.to(wanted).numpy(), is_finite
