@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shutil
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from _rounds import in_words, ratios, turns, verdict
 from torch import Tensor
 
 from vissl_like.core.saving import Saver
@@ -97,14 +97,12 @@ def measure(state: State, folder: Path, *, rounds: int, device: torch.device) ->
     print(f"first save in the background: waited {time.perf_counter() - began:.2f} s, which includes getting memory")
     background.finish()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(variants), len(variants)):
-            synchronise(device)
-            began = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - began)
-            background.finish()
+    for _, name in turns(variants, rounds=rounds):
+        synchronise(device)
+        began = time.perf_counter()
+        variants[name]()
+        seconds[name].append(time.perf_counter() - began)
+        background.finish()
     began = time.perf_counter()
     variants["ours, in the background"]()
     background.finish()
@@ -137,11 +135,10 @@ def slowed(saver: Saver, save: Callable[[Saver], None], *, device: torch.device)
 def show(seconds: dict[str, list[float]], *, base: str) -> None:
     print(f"{'':<28}{'waits, s':>9}   x {base} (quartiles)")
     for name, values in seconds.items():
-        ratios = [value / other for value, other in zip(values, seconds[base])]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        print(f"{name:<28}{statistics.median(values):9.3f}   {middle:.3f} ({low:.3f} to {high:.3f})")
-    found = statistics.median(a / b for a, b in zip(seconds["ours, in the background"], seconds[base]))
-    print(f"goal: <= {GOAL} x {base}: {found:.3f}, {'reached' if found <= GOAL else 'MISSED'}")
+        of_base = in_words(ratios(seconds, name, base), digits=3)
+        print(f"{name:<28}{statistics.median(values):9.3f}   {of_base}")
+    found = statistics.median(ratios(seconds, "ours, in the background", base))
+    print(f"goal: <= {GOAL} x {base}: {found:.3f}, {verdict(found <= GOAL)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shutil
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _rounds import in_words, ratios, turns, verdict
 
 from vissl_like.analysis.features import FeatureWriter, Subject
 
@@ -63,22 +63,18 @@ def compare(base: Path, blocks: list[np.ndarray], kind: str, *, rounds: int) -> 
         "raw file": lambda folder: raw(folder, blocks, kind),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    order = random.Random(0)
-    for number in range(rounds + 1):
-        for name in order.sample(list(variants), len(variants)):
-            folder = base / "written"
-            began = time.perf_counter()
-            variants[name](folder)
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-            shutil.rmtree(folder)
+    folder = base / "written"
+    for number, name in turns(variants, rounds=rounds + 1):
+        began = time.perf_counter()
+        variants[name](folder)
+        if number:  # the first round warms up
+            seconds[name].append(time.perf_counter() - began)
+        shutil.rmtree(folder)
     size = sum(map(np.size, blocks)) * np.dtype(kind).itemsize / 1e6
     for name, values in seconds.items():
         print(f"{kind:<9}{name:<10}{size / statistics.median(values):8.0f} MB/s of {size:.0f} MB")
-    found = [limit / mine for mine, limit in zip(seconds["ours"], seconds["raw file"])]
-    low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
-    verdict = "reached" if middle >= 0.75 else "MISSED"
-    print(f"goal: {kind} ours >= 0.75 x raw file: {middle:.2f} ({low:.2f} to {high:.2f}), {verdict}")
+    found = ratios(seconds, "raw file", "ours")
+    print(f"goal: {kind} ours >= 0.75 x raw file: {in_words(found)}, {verdict(statistics.median(found) >= 0.75)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from _rounds import in_words, ratios, turns, verdict
 
 from vissl_like.analysis.blocks import block_rows
 from vissl_like.analysis.kmeans import KMeansResult, kmeans
@@ -81,14 +81,19 @@ def by_sklearn(x: np.ndarray, *, k: int, iterations: int) -> float:
     return float(found.inertia_)
 
 
-def product(x: np.ndarray, *, k: int, iterations: int) -> float:
-    """torch.mm of the same blocks into the same memory, and nothing else."""
+def product(x: np.ndarray, *, k: int, iterations: int, by_torch: bool = False) -> float:
+    """The products of the same blocks into the same memory, and nothing else; by numpy, as ours, or by PyTorch."""
     size = block_rows(k, x.shape[1], device=torch.device("cpu"))
-    centroids = torch.from_numpy(x[initial_rows(len(x), k, seed=0)])
-    scores = torch.empty(size, k)
+    centroids = x[initial_rows(len(x), k, seed=0)]
+    scores = np.empty((size, k), dtype=np.float32)
     for _ in range(iterations):
-        for block in torch.from_numpy(x).split(size):
-            torch.mm(block, centroids.T, out=scores[: len(block)])
+        for start in range(0, len(x), size):
+            block = x[start : start + size]
+            if by_torch:
+                out = torch.from_numpy(scores[: len(block)])
+                torch.mm(torch.from_numpy(block), torch.from_numpy(centroids).T, out=out)
+            else:
+                np.matmul(block, centroids.T, out=scores[: len(block)])
     return 0.0
 
 
@@ -101,6 +106,7 @@ def variants(k: int, iterations: int) -> dict[str, Variant]:
         "faiss": lambda x: by_faiss(x, **run),
         "scikit-learn": lambda x: by_sklearn(x, **run),
         LIMIT: lambda x: product(x, **run),
+        "the same by PyTorch": lambda x: product(x, **run, by_torch=True),
     }
 
 
@@ -110,14 +116,12 @@ def compare(x: np.ndarray, *, k: int, iterations: int, rounds: int) -> None:
     runs = variants(k, iterations)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     objectives = {}
-    order = random.Random(0)
     for call in runs.values():  # imports and caches
         call(x[: max(2 * k, 4096)])
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
-            began = time.process_time()
-            objectives[name] = runs[name](x)
-            seconds[name].append(time.process_time() - began)
+    for _, name in turns(runs, rounds=rounds):
+        began = time.process_time()
+        objectives[name] = runs[name](x)
+        seconds[name].append(time.process_time() - began)
     print(f"{'':<24}{'CPU s':>8}{'GFLOP/s':>9}{'objective':>16}   x the matrix product (quartiles)")
     flop = 2 * len(x) * k * x.shape[1] * iterations
     for name, values in seconds.items():
@@ -126,20 +130,10 @@ def compare(x: np.ndarray, *, k: int, iterations: int, rounds: int) -> None:
         print(f"{name:<24}{middle:8.2f}{flop / middle / 1e9:9.0f}{found}   {in_words(ratios(seconds, LIMIT, name))}")
     for slow, factor in ((LIMIT, 0.75), ("faiss", 1.0), ("scikit-learn", 1.3)):
         values = ratios(seconds, slow, "ours")
-        verdict = "reached" if statistics.median(values) >= factor else "MISSED"
-        print(f"goal: ours >= {factor:g} x {slow}: {in_words(values)}, {verdict}")
+        is_reached = statistics.median(values) >= factor
+        print(f"goal: ours >= {factor:g} x {slow}: {in_words(values)}, {verdict(is_reached)}")
     difference = objectives["ours"] / objectives["faiss"] - 1
-    verdict = "reached" if abs(difference) <= 1e-3 else "MISSED"
-    print(f"goal: objective within 0.1 % of faiss: {100 * difference:+.4f} %, {verdict}")
-
-
-def ratios(seconds: dict[str, list[float]], slow: str, fast: str) -> list[float]:
-    return [one / other for one, other in zip(seconds[slow], seconds[fast])]
-
-
-def in_words(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    print(f"goal: objective within 0.1 % of faiss: {100 * difference:+.4f} %, {verdict(abs(difference) <= 1e-3)}")
 
 
 def growth(name: str, *, rows: int, dim: int, k: int) -> float:
@@ -163,7 +157,7 @@ def memory(arguments: argparse.Namespace) -> None:
         print(f"{name:<24}" + "".join(f"{cell:28.0f}" for cell in cells))
         if name == "ours":
             share = cells[0] / (4 * arguments.rows * arguments.dim / 2**20)
-    print(f"goal: ours <= 0.2 x the rows: {share:.2f}, {'reached' if share <= 0.2 else 'MISSED'}")
+    print(f"goal: ours <= 0.2 x the rows: {share:.2f}, {verdict(share <= 0.2)}")
 
 
 def sizes(arguments: argparse.Namespace) -> tuple[int, int]:

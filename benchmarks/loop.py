@@ -18,7 +18,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
+from _rounds import in_words, ratios, turns, verdict
 from torch import Tensor, nn
 
 from vissl_like.analysis.meters import build_meters
@@ -254,31 +254,23 @@ def with_lightning(name: str, *, is_logged: bool) -> Variant:
 # ----------------------------------------------------------------------------------------------------------- measuring
 def measured(variants: dict[str, Variant], *, rounds: int, steps: int) -> dict[str, list[float]]:
     """CPU seconds per iteration of each variant, one number for each round."""
-    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name in order.sample(list(variants), len(variants)):
-            seconds[name].append(variants[name](steps))
+    for _, name in turns(variants, rounds=rounds):
+        seconds[name].append(variants[name](steps))
     return seconds
-
-
-def in_words(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def show(seconds: dict[str, list[float]], goals: Sequence[tuple[str, str, float]]) -> None:
     """A line for each variant, and one for each goal: (ours, the other, the largest share of it)."""
     print(f"{'':<22}{'CPU ms':>8}   x bare (quartiles)")
     for name, values in seconds.items():
-        ratios = [one / other for one, other in zip(values, seconds["bare"])]
-        print(f"{name:<22}{1000 * statistics.median(values):8.3f}   {in_words(ratios)}")
+        of_bare = in_words(ratios(seconds, name, "bare"))
+        print(f"{name:<22}{1000 * statistics.median(values):8.3f}   {of_bare}")
     for one, other, limit in goals:
         if other not in seconds:
             continue
-        ratios = [a / b for a, b in zip(seconds[one], seconds[other])]
-        verdict = "reached" if statistics.median(ratios) <= limit else "MISSED"
-        print(f"goal: {one} <= {limit:g} x {other}: {in_words(ratios)}, {verdict}")
+        found = ratios(seconds, one, other)
+        print(f"goal: {one} <= {limit:g} x {other}: {in_words(found)}, {verdict(statistics.median(found) <= limit)}")
 
 
 GOALS = (("ours", "bare", 1.15), ("ours", "lightning", 0.65), ("ours, logged", "lightning, logged", 0.5))

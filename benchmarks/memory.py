@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from _rounds import verdict
+
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "run_distributed_engines.py"
 DIM, CLUSTERS, ITERATIONS = 2048, 1000, 2
 GOAL_MB = 1024
@@ -83,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for engine in ("extract_features", "cluster_features"):
             least, _ = run(engine, engine, Path(empty), rows=1000, ranks=arguments.ranks)
             most, seconds = run(engine, engine, Path(full), rows=arguments.rows, ranks=arguments.ranks)
-            verdict = "reached" if most <= GOAL_MB else "MISSED"
-            lines.append(f"{engine:<24}{least:12.0f}{most:16.0f}{seconds:10.0f}   goal <= {GOAL_MB}: {verdict}")
+            lines.append(
+                f"{engine:<24}{least:12.0f}{most:16.0f}{seconds:10.0f}   goal <= {GOAL_MB}: {verdict(most <= GOAL_MB)}"
+            )
     print("\n".join(lines))
     return 0
 

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
+from _rounds import in_words, ratios
 from torch import Tensor
 
 from vissl_like.config.schema_model import Model
@@ -89,10 +90,8 @@ def training(arguments: argparse.Namespace) -> None:
             loss.backward()
 
         seconds = in_turns({name: (lambda name=name: run(name)) for name in losses}, device, arguments.rounds)
-        ratios = [one / other for one, other in zip(seconds["step"], seconds["limit"])]
-        print(
-            f"MASK_GRADIENT={gradient}: step {1e3 * statistics.median(seconds['step']):.0f} ms, {in_words(ratios)} x limit"
-        )
+        of_limit = in_words(ratios(seconds, "step", "limit"))
+        print(f"MASK_GRADIENT={gradient}: step {1e3 * statistics.median(seconds['step']):.0f} ms, {of_limit} x limit")
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -113,10 +112,9 @@ def evaluation(arguments: argparse.Namespace) -> None:
 
         seconds = in_turns({name: (lambda name=name: run(name)) for name in models}, device, arguments.rounds)
         speeds = {name: batch / statistics.median(values) for name, values in seconds.items()}
-        ratios = [one / other for one, other in zip(seconds["unpruned"], seconds["pruned"])]
         print(
             f"foreground {100 * share:3.0f} %: {speeds['pruned']:8.1f} images/s pruned, {speeds['unpruned']:8.1f} unpruned,"
-            f" {in_words(ratios)} x"
+            f" {in_words(ratios(seconds, 'unpruned', 'pruned'))} x"
         )
 
 
@@ -143,11 +141,6 @@ def timed(call: Callable[[], None], device: str) -> float:
     call()
     torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def in_words(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

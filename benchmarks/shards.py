@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import webdataset as wds
+from _rounds import quartiles, ratios, turns
 from jpeg import write_photos
 
 from vissl_like.config.schema_data import Split, Stream
@@ -71,18 +71,15 @@ def read_whole(files: list[str]) -> int:
 def compare(calls: dict[str, Call], *, base: str, rounds: int, clock: Callable[[], float], images: int) -> None:
     """Time per image of each call, and how many times that of `base` it is: median, and quartiles over the rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    chance = random.Random(0)
-    for _ in range(rounds + 1):
-        for name in chance.sample(list(calls), len(calls)):
-            start = clock()
-            calls[name]()
+    for number, name in turns(calls, rounds=rounds + 1):
+        start = clock()
+        calls[name]()
+        if number:  # the first round warms the caches
             times[name].append(clock() - start)
     for name, spent in times.items():
-        spent, of_base = spent[1:], times[base][1:]  # the first round warms the caches
-        ratios = [mine / other for mine, other in zip(spent, of_base)]
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, middle, high = quartiles(ratios(times, name, base))
         each = statistics.median(spent) / images * 1e6
-        print(f"  {name:<40}{each:8.1f} us   x {statistics.median(ratios):.2f}  ({low:.2f} to {high:.2f})")
+        print(f"  {name:<40}{each:8.1f} us   x {middle:.2f}  ({low:.2f} to {high:.2f})")
 
 
 def reads(folder: Path, rounds: int) -> None:

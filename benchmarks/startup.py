@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from _rounds import in_words, ratios, turns, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,28 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
-    order = random.Random(0)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "once.py").write_text(PLUGIN)
-        for number in range(arguments.rounds + 1):
-            every = commands(folder, number)
-            for name in order.sample(list(every), len(every)):
-                taken = cpu_seconds(every[name], folder)
-                if number:  # the first round fills the file caches
-                    seconds.setdefault(name, []).append(taken)
+        for number, name in turns(commands("", 0), rounds=arguments.rounds + 1):
+            taken = cpu_seconds(commands(folder, number)[name], folder)
+            if number:  # the first round fills the file caches
+                seconds.setdefault(name, []).append(taken)
     if "lightning" not in seconds:
         print("Lightning is not installed and left out; for the comparison: pip install lightning")
     print(f"{'':<20}{'CPU s':>7}   x bare script (quartiles)")
     for name in commands("", 0):
-        ratios = [a / b for a, b in zip(seconds[name], seconds["bare script"])]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        print(f"{name:<20}{statistics.median(seconds[name]):7.2f}   {middle:.2f} ({low:.2f} to {high:.2f})")
-    ratio = statistics.median([a / b for a, b in zip(seconds["ours, first step"], seconds["bare script"])])
-    print(f"goal: first step <= 1.25 x bare script: {ratio:.2f}, {'reached' if ratio <= 1.25 else 'MISSED'}")
+        of_bare = in_words(ratios(seconds, name, "bare script"))
+        print(f"{name:<20}{statistics.median(seconds[name]):7.2f}   {of_bare}")
+    ratio = statistics.median(ratios(seconds, "ours, first step", "bare script"))
+    print(f"goal: first step <= 1.25 x bare script: {ratio:.2f}, {verdict(ratio <= 1.25)}")
     for name in ("ours, --help", "ours, mistyped key"):
         taken = statistics.median(seconds[name])
-        print(f"goal: {name} <= 1 s: {taken:.2f} s, {'reached' if taken <= 1 else 'MISSED'}")
+        print(f"goal: {name} <= 1 s: {taken:.2f} s, {verdict(taken <= 1)}")
     return 0
 
 

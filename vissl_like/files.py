@@ -35,20 +35,27 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A stream for the new content of `file`, which takes its place at once, and on the disk, when the block ends well.
 
     Otherwise the old content stays and nothing is left behind; only a killed process leaves `<name>.part`, which the next
-    one writes over. `shared`: several processes may write this file at a time; the last one wins.
+    one writes over. `shared`: several processes may write this file at a time; the last one wins. Raises DataError for what
+    the system refuses.
     """
+    with refusals_explained(file), beside(file, shared=shared) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def beside(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """The same for those who have an answer of their own when the system refuses: raises OSError."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part" if shared else f"{file.name}.part")
-    with refusals_explained(file):
-        try:
-            with part.open("wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
+    try:
+        with part.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -107,3 +107,11 @@ def test_extraction_agrees_with_the_cpu(tmp_path: Path, monkeypatch: pytest.Monk
         )
         found.append(FeatureStore.open(folder, "TRAIN").read(0, 50))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2, atol=1e-3)
+
+
+def test_the_benchmark_of_extraction_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+    import extract as benchmark
+
+    assert benchmark.main(["--tiny"]) == 0
+    assert capsys.readouterr().out.count(" images/s") == 3

@@ -4,8 +4,7 @@ KILL_AFTER=n kills -9 in the n-th step of this process, KILL_DELAY_S seconds lat
 checkpoint is being written). SIGNAL_AFTER=n has SIGTERM sent to the whole process group instead, as clusters do;
 with SIGNAL_DELAY_S it reaches the loader's processes that many seconds before this one. KILL_WHILE_SAVING=s kills -9 as
 soon as the save of a step from s on has begun to be written, and before it is published; WATCHED is the run folder.
-KILL_GROUP_AFTER=n kills the
-whole process group: this rank, the others of its launcher, and the launcher.
+KILL_LAUNCHER_AFTER=n kills -9 the launcher that started this process, and leaves this one to find that out.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Mortal(Supervised):
         Mortal.steps += 1
         if str(Mortal.steps) == os.environ.get("KILL_AFTER"):
             threading.Thread(target=die, args=[float(os.environ.get("KILL_DELAY_S", "0"))], daemon=True).start()
-        if str(Mortal.steps) == os.environ.get("KILL_GROUP_AFTER"):
-            os.killpg(os.getpgrp(), signal.SIGKILL)
+        if str(Mortal.steps) == os.environ.get("KILL_LAUNCHER_AFTER"):
+            os.kill(os.getppid(), signal.SIGKILL)
         if str(Mortal.steps) == os.environ.get("SIGNAL_AFTER"):
             signal_to_all(float(os.environ.get("SIGNAL_DELAY_S", "0")))
         return super().forward(batch)

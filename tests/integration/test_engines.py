@@ -66,6 +66,11 @@ def job(engine: str, images: Path, **changes: Any) -> Job:
         "NEAREST_NEIGHBOR": {"TOPK": [5]},
         "LOW_SHOT": {"SAMPLES_PER_CLASS": [3], "NUM_DRAWS": 2},
     }
+    return job_of(engine, config, changes)
+
+
+def job_of(engine: str, config: dict[str, Any], changes: dict[str, Any]) -> Job:
+    """The configuration with `changes`: A__B=value stands for config.A.B=value."""
     for key, value in changes.items():
         node, *path = config, *key.split("__")
         for part in path[:-1]:

@@ -170,8 +170,8 @@ def test_of_two_machines_one_dies_and_comes_back(hosts: list[Host], workplace: P
     """Everything equals what one process writes, the training what two undisturbed processes compute, to the last bit."""
     same = [*chain("disturbed"), *meeting(2, f"{hosts[0].address}:{PORT}")]
     first = hosts[0].start(workplace, *same)
-    second = hosts[1].start(workplace, *same, env={"KILL_GROUP_AFTER": "4"})
-    second.communicate(timeout=PATIENCE_S)
+    second = hosts[1].start(workplace, *same, env={"KILL_LAUNCHER_AFTER": "4"})
+    second.communicate(timeout=PATIENCE_S)  # until its rank, which writes there too, has ended as well
     assert second.returncode == -signal.SIGKILL
     again = hosts[1].start(workplace, *same)
     (code, _, error), (code_again, _, error_again) = outcomes([first, again])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.test_engines import run, run_ranks
+from tests.integration.test_engines import job_of, run, run_ranks
 from vissl_like.config.schema import Job
 from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
@@ -51,12 +51,7 @@ def job(engine: str, birds: Path, **changes: Any) -> Job:
         "MODEL": {"NAME": "parts", "TRUNK": {"NAME": "conv_stem"}, "PARTS": {"NUM_PARTS": 3}},
         "OPTIMIZER": {"NUM_EPOCHS": 3, "NAME": "adamw", "PARAM_SCHEDULERS": {"LR": {"START_VALUE": 0.001}}},
     }
-    for key, value in changes.items():
-        node, *path = config, *key.split("__")
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = value
-    return Job.model_validate({"engine_name": engine, "config": config})
+    return job_of(engine, config, changes)
 
 
 def drawn(run_dir: Path) -> list[str]:

@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from vissl_like.analysis import features as module
 from vissl_like.analysis.feature_formats import write_formats, write_per_image
 from vissl_like.analysis.features import FeatureStore, FeatureWriter, Subject, layer_folder
+from vissl_like.analysis.npy_file import create_array
 from vissl_like.analysis.shards import row_sums
 from vissl_like.errors import ConfigError, DataError
 
@@ -169,8 +170,11 @@ def test_changed_bytes_are_noticed_when_their_rows_are_read(tmp_path: Path, shar
         store.read(row - 1, row + 1)
     with pytest.raises(DataError, match=message):
         store.take(np.array([2, row]))
+    assert not prepare(tmp_path)  # a start reads no rows: a terabyte of features would take an hour
+    file.unlink()
     assert prepare(tmp_path)
-    assert FeatureWriter(tmp_path / "TRAIN").pending() == [row // BLOCK]
+    rows = np.arange(shard * SHARD, (shard + 1) * SHARD)
+    assert FeatureWriter(tmp_path / "TRAIN").pending() == np.unique(rows // BLOCK).tolist()
     write(tmp_path)
     FeatureWriter.finish(tmp_path / "TRAIN")
     assert np.array_equal(
@@ -211,13 +215,23 @@ def test_any_changed_byte_changes_the_sum_of_its_row_alone(rows: np.ndarray, cha
     assert (row_sums(np.zeros_like(rows)) != 0).all()
 
 
-def test_a_shard_of_zeros_that_was_made_for_an_extraction_that_died_is_not_taken_for_features(tmp_path: Path) -> None:
+def test_a_shard_of_zeros_that_was_made_for_an_extraction_that_died_is_not_taken_for_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extract(tmp_path)
     shard = tmp_path / "TRAIN" / "res4" / "shard_00001.npy"
-    array = np.load(shard)
-    np.save(shard, np.zeros_like(array))  # the manifest still says complete
-    with pytest.raises(DataError, match="7 of 7 rows"):
-        FeatureStore.open(tmp_path, "TRAIN", "res4").read(7, 14)
+    shard.unlink()
+
+    def create_and_die(file: Path, **form: Any) -> None:
+        create_array(file, **form)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "create_array", create_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path)
+    assert not np.load(shard).any()
+    with pytest.raises(DataError, match="interrupted"):
+        FeatureStore.open(tmp_path, "TRAIN", "res4")
     assert prepare(tmp_path)
     assert FeatureWriter(tmp_path / "TRAIN").pending() == [1, 2, 3]
 
@@ -309,7 +323,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(DataError, match=r"\.npy: the disk is full.*what is finished is kept"):
         write(tmp_path, [0])
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from vissl_like.analysis.cluster_report import project
 from vissl_like.analysis.npy_file import NpyFile
 from vissl_like.analysis.pca import fit_pca, standardised
-from vissl_like.analysis.rows import ArrayRows, MappedRows, SelectedRows, each, normalised, share, spans
+from vissl_like.analysis.rows import ArrayRows, MappedRows, SelectedRows, each, normalised, one_thread, share, spans
 from vissl_like.errors import ConfigError, DataError
 
 
@@ -136,3 +137,15 @@ def test_standardised_rows() -> None:
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.delete(y.std(0), 3), 1, rtol=1e-4)
     assert (y[:, 3] == 0).all()
+
+
+def test_products_of_numpy_run_in_one_thread_too_and_in_many_again_afterwards() -> None:
+    def blas_threads(item: int = 0) -> int:
+        return max(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        with one_thread():
+            assert blas_threads() == 1
+        assert set(each(blas_threads, range(6), threads=3)) == set(each(blas_threads, range(6), threads=1)) == {1}
+        assert blas_threads() == before == 2

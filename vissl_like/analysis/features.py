@@ -10,20 +10,20 @@ what was written: shards are checked for their size when they are opened, rows f
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vissl_like.analysis.npy_file import NpyFile, create_array
+from vissl_like.analysis.npy_file import NpyFile, OpenArrays, create_array
 from vissl_like.analysis.rows import as_float32, as_stored, spans
-from vissl_like.analysis.shards import SUMS, array_problem, changed_rows, row_sums
+from vissl_like.analysis.shards import array_problem, lost_blocks, lost_files, row_sums, sums_file
 from vissl_like.errors import DataError
 from vissl_like.files import damage, read_json, record_of, refusals_explained, write_array, write_json
 from vissl_like.registry import suggest
@@ -33,10 +33,10 @@ _PARTIAL = "partial.json"
 _DONE = "done.npy"
 _INVALID = "invalid.npy"
 _ARRAYS = ("images.npy", "sizes.npy", "labels.npy")
-# Finished blocks are forced to the disk and then marked at this interval; a crash loses at most so much work.
+# Finished blocks are forced to the disk and then marked at this interval, or after so many bytes; a crash loses at most
+# twice so much work.
 _MARK_EVERY_S = 10.0
-# Files that a writer has open at a time; the system allows a process 1,024 by default.
-_OPEN_FILES = 64
+_FLUSH_BYTES = 64 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,11 @@ class FeatureWriter:
             raise DataError(f"{folder / _PARTIAL}: missing; was the folder changed during extraction? Extract again.")
         self.state = state
         self.blocks = spans(self.state["rows"], self.state["block_rows"])
-        self._files: dict[Path, tuple[int, int]] = {}
+        self._files = OpenArrays(folder)
         self._written: list[int] = []
-        self._marked_at = time.monotonic()
+        self._flushed_at = time.monotonic()
+        self._flushing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="features")
 
     @staticmethod
     def prepare(
@@ -83,9 +85,10 @@ class FeatureWriter:
     ) -> bool:
         """Make the folder ready for writers; returns False if the very same extraction is already complete there.
 
-        Finished blocks of an interrupted one are kept, except where their rows are missing or damaged. What belongs to
-        another extraction is an error unless `overwrite`. A block is a batch of the model, which may decide about the last
-        bit of a feature: a complete extraction is taken with the blocks that it has, an interrupted one goes on with them.
+        Finished blocks of an interrupted one are kept, except where their files are missing or cut off; rows are compared
+        with their checksums when they are read, not here. What belongs to another extraction is an error unless
+        `overwrite`. A block is a batch of the model, which may decide about the last bit of a feature: a complete extraction
+        is taken with the blocks that it has, an interrupted one goes on with them.
         """
         with refusals_explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,8 +103,10 @@ class FeatureWriter:
             found = None
         is_complete = bool(found and found.get("complete"))
         done = _finished_blocks(folder, wanted, complete=is_complete)
-        done[_damaged_blocks(folder, wanted, done)] = 0
-        if is_complete and done.all() and not _damaged_arrays(folder, found or {}):
+        arrays = _damaged_arrays(folder, found or {}) if is_complete else []
+        lost = lost_files(folder, wanted)
+        done[lost_blocks(folder, wanted, lost=lost, suspects=arrays)] = 0
+        if is_complete and done.all() and not arrays:
             _remove_marks(folder)
             return False
         _write_arrays(folder, subject)
@@ -112,6 +117,8 @@ class FeatureWriter:
             write_array(folder / _INVALID, invalid)
         write_json(folder / _PARTIAL, wanted)
         (folder / MANIFEST).unlink(missing_ok=True)
+        for name, form in lost.items():  # only now: zeros are never there while something says that they are features
+            create_array(folder / name, **form)
         if done.any():
             logger.info("%s: %d of %d blocks of rows are there already", folder, int(done.sum()), len(done))
         return True
@@ -125,16 +132,18 @@ class FeatureWriter:
         (start, stop), shard_rows = self.blocks[block], self.state["shard_rows"]
         for name, layer in self.state["layers"].items():
             array = self._stored(name, layer, features[name], start=start, stop=stop)
-            self._put(_sums_file(self.folder, layer), row_sums(array), row=start)
+            self._files.put(self.folder / sums_file(layer), row_sums(array), row=start)
             for shard in range(start // shard_rows, -(-stop // shard_rows)):
                 low = shard * shard_rows
                 first, last = max(start, low), min(stop, low + shard_rows)
-                self._put(self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low)
+                self._files.put(
+                    self.folder / layer["shards"][shard], array[first - start : last - start], row=first - low
+                )
         if valid is not None:
-            self._put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
+            self._files.put(self.folder / _INVALID, (~valid).astype(np.uint8), row=start)
         self._written.append(block)
-        if time.monotonic() - self._marked_at > _MARK_EVERY_S:
-            self.flush()
+        if self._files.num_bytes > _FLUSH_BYTES or time.monotonic() - self._flushed_at > _MARK_EVERY_S:
+            self._begin_flush()
 
     def _stored(self, name: str, layer: dict[str, Any], array: np.ndarray, *, start: int, stop: int) -> np.ndarray:
         if tuple(array.shape) != (stop - start, *layer["shape"]):
@@ -153,47 +162,36 @@ class FeatureWriter:
             raise DataError(f"layer {name!r}: the features of row {row} hold NaN or infinity. {cure}")
         return stored
 
-    def _put(self, file: Path, array: np.ndarray, *, row: int) -> None:
-        """Write rows in place. By pwrite, not through a map: a full disk is then an error and not a bus error."""
-        handle, offset = self._open(file)
-        data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-        position = offset + row * (len(data) // len(array))
-        with refusals_explained(file):
-            while data:
-                count = os.pwrite(handle, data, position)
-                data, position = data[count:], position + count
-
-    def _open(self, file: Path) -> tuple[int, int]:
-        if file not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                self._force()
-            with refusals_explained(file):
-                offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
-                self._files[file] = (os.open(file, os.O_RDWR), offset)
-        return self._files[file]
-
     def flush(self) -> None:
         """Force what was written to the disk, then mark its blocks as done."""
-        self._force()
-        for block in self._written:
-            self._put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
-        self._written.clear()
-        self._marked_at = time.monotonic()
+        self._begin_flush()
+        self._end_flush()
 
     def close(self) -> None:
         """Flush and close; on every process, before finish()."""
-        self.flush()
-        self._force()
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
 
-    def _force(self) -> None:
-        """Force the open files to the disk and close them."""
-        with refusals_explained(self.folder):
-            while self._files:
-                _, (handle, _) = self._files.popitem()
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+    def _begin_flush(self) -> None:
+        """Let a thread do it, while the next blocks are made and written. What went wrong in it before is raised now."""
+        self._end_flush()
+        files, blocks = self._files, self._written
+        self._files, self._written = OpenArrays(self.folder), []
+        self._flushed_at = time.monotonic()
+        self._flushing = self._thread.submit(self._force, files, blocks)
+
+    def _end_flush(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+    def _force(self, files: OpenArrays, blocks: list[int]) -> None:
+        files.force()
+        for block in blocks:
+            files.put(self.folder / _DONE, np.ones(1, dtype=np.uint8), row=block)
+        files.force()
 
     @staticmethod
     def finish(folder: Path) -> dict[str, Any]:
@@ -207,7 +205,7 @@ class FeatureWriter:
                 f"{folder}: {len(missing)} blocks of rows were not written. Extract again; the others are kept."
             )
         bad = np.flatnonzero(np.load(folder / _INVALID, allow_pickle=False))
-        files = [folder / name for name in _ARRAYS] + [_sums_file(folder, layer) for layer in state["layers"].values()]
+        files = [folder / name for name in _ARRAYS] + [folder / sums_file(layer) for layer in state["layers"].values()]
         records = {file.relative_to(folder).as_posix(): record_of(file) for file in files if file.exists()}
         manifest = {**state, "bad_rows": bad.tolist(), "files": records, "complete": True}
         write_json(folder / MANIFEST, manifest)
@@ -297,34 +295,10 @@ def _finished_blocks(folder: Path, wanted: dict[str, Any], *, complete: bool) ->
     return np.array(done) if same else np.zeros(count, dtype=np.uint8)
 
 
-def _damaged_blocks(folder: Path, wanted: dict[str, Any], done: np.ndarray) -> np.ndarray:
-    """Numbers of the blocks whose rows are not as they were written. What is missing is made, at its full size."""
-    rows, shard_rows, block_rows = wanted["rows"], wanted["shard_rows"], wanted["block_rows"]
-    is_done = np.repeat(done, block_rows)[:rows] == 1
-    damaged = [np.zeros(0, dtype=np.int64)]
-    for layer in wanted["layers"].values():
-        file = _sums_file(folder, layer)
-        if array_problem(file, shape=(rows,), dtype="uint64"):
-            create_array(file, shape=(rows,), dtype="uint64")
-        sums = np.load(file, mmap_mode="r", allow_pickle=False)
-        for name, (start, stop) in zip(layer["shards"], spans(rows, shard_rows), strict=True):
-            shape = (stop - start, *layer["shape"])
-            if array_problem(folder / name, shape=shape, dtype=layer["dtype"]):
-                create_array(folder / name, shape=shape, dtype=layer["dtype"])
-                damaged.append(np.arange(start, stop))
-            elif is_done[start:stop].any():
-                damaged.append(start + changed_rows(NpyFile(folder / name), sums[start:stop]))
-    return np.unique(np.concatenate(damaged) // block_rows)
-
-
 def _damaged_arrays(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Names of the small files that are not as a finished extraction left them."""
     records = manifest.get("files") or {MANIFEST: {}}
     return [name for name, record in records.items() if damage(folder / name, record)]
-
-
-def _sums_file(folder: Path, layer: dict[str, Any]) -> Path:
-    return (folder / layer["shards"][0]).with_name(SUMS)
 
 
 def _remove_marks(folder: Path) -> None:
@@ -360,7 +334,7 @@ class FeatureStore:
         self.shape, self.dtype = tuple(described["shape"]), described["dtype"]
         self.shard_rows = int(manifest["shard_rows"])
         self._shards = [self._map(file, number) for number, file in enumerate(described["shards"])]
-        self._sums = NpyFile(self._whole(_sums_file(folder, described).relative_to(folder).as_posix()))
+        self._sums = NpyFile(self._whole(sums_file(described)))
         self._is_checked = np.zeros(self.rows, dtype=bool)
 
     @classmethod

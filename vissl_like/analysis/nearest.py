@@ -37,17 +37,25 @@ class Table:
 
     def nearest(self, block: Tensor) -> Tensor:
         """(b, D) -> index (b,) of the nearest centroid; the lowest index of equals."""
-        scores = self._scores(block, precision=self.precision, out=self._space(len(block)))
-        if scores.device.type == "cpu":  # numpy finds the largest of a row several times faster than torch
-            return torch.from_numpy(scores.numpy().argmax(1))
-        return scores.argmax(1)
+        if block.device.type == "cpu" and self.precision != "bfloat16":
+            return torch.from_numpy(self._nearest_by_numpy(block.numpy()))
+        return self._scores(block, precision=self.precision).argmax(1)
 
-    def _space(self, rows: int) -> Tensor | None:
-        """Memory of this thread for scores on a CPU: fresh memory for each block costs a tenth of the time."""
-        if self.centroids.is_cuda:
-            return None
+    def _nearest_by_numpy(self, block: np.ndarray) -> np.ndarray:
+        """On a CPU: numpy finds the largest of a row several times as fast as PyTorch, and its OpenBLAS multiplies on some
+        processors a quarter faster than PyTorch's MKL."""
+        labels = np.empty(len(block), dtype=np.int64)
+        scores = np.matmul(block, self.centroids.numpy().T, out=self._space(len(block)))
+        offset = self.offset.numpy()
+        for start, stop in spans(len(block), _AT_ONCE):  # a part stays in the cache for both
+            part = np.add(scores[start:stop], offset, out=scores[start:stop])
+            part.argmax(1, out=labels[start:stop])
+        return labels
+
+    def _space(self, rows: int) -> np.ndarray:
+        """Memory of this thread for scores: fresh memory for each block costs a tenth of the time."""
         if not hasattr(self._own, "scores") or len(self._own.scores) < rows:
-            self._own.scores = torch.empty(rows, len(self.centroids))
+            self._own.scores = np.empty((rows, len(self.centroids)), dtype=np.float32)
         return self._own.scores[:rows]  # type: ignore[no-any-return]
 
     def loss_of(self, labels: Tensor, block: Tensor) -> float:
@@ -62,14 +70,14 @@ class Table:
         parts = [(block[i:j] - self.centroids[labels[i:j]]).square_().sum(1) for i, j in spans(len(block), step)]
         return torch.cat(parts)
 
-    def _scores(self, block: Tensor, *, precision: Precision, out: Tensor | None = None) -> Tensor:
+    def _scores(self, block: Tensor, *, precision: Precision) -> Tensor:
         if precision == "bfloat16":
             rows, centroids = block.bfloat16(), self.centroids.bfloat16().T
             if block.is_cuda:  # sums and scores stay float32
                 return torch.mm(rows, centroids, out_dtype=torch.float32).add_(self.offset)
             return (rows @ centroids).float().add_(self.offset)
         with _tf32() if precision == "tf32" and block.is_cuda else contextlib.nullcontext():
-            return torch.addmm(self.offset, block, self.centroids.T, out=out)
+            return torch.addmm(self.offset, block, self.centroids.T)
 
 
 @contextlib.contextmanager

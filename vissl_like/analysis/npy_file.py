@@ -16,6 +16,9 @@ import numpy as np
 from vissl_like.errors import DataError
 from vissl_like.files import refusals_explained
 
+#: Files that are open at a time for writing; the system allows a process 1,024 by default.
+_OPEN_FILES = 32
+
 
 class NpyFile:
     """An array (n, ...) in a file. Opened anew by each call: any number of files, from any number of threads."""
@@ -77,6 +80,48 @@ class NpyFile:
                 place = place[count:]
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error}). Make it again.") from error
+
+
+class OpenArrays:
+    """Arrays (n, ...) in files that rows are written into, kept open until they are forced to the disk. For one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: what a message names where the system names no file."""
+        self.num_bytes = 0
+        """Written since the last force()."""
+        self._folder = folder
+        self._files: dict[Path, tuple[int, int]] = {}
+
+    def put(self, file: Path, array: np.ndarray, *, row: int) -> None:
+        """Write rows in place. By pwrite, not through a map: a full disk is then an error and not a bus error."""
+        handle, offset = self._open(file)
+        data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+        position = offset + row * (len(data) // len(array))
+        self.num_bytes += len(data)
+        with refusals_explained(file):
+            while data:
+                count = os.pwrite(handle, data, position)
+                data, position = data[count:], position + count
+
+    def force(self) -> None:
+        """Force the files to the disk and close them."""
+        self.num_bytes = 0
+        with refusals_explained(self._folder):
+            while self._files:
+                _, (handle, _) = self._files.popitem()
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+
+    def _open(self, file: Path) -> tuple[int, int]:
+        if file not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                self.force()
+            with refusals_explained(file):
+                offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
+                self._files[file] = (os.open(file, os.O_RDWR), offset)
+        return self._files[file]
 
 
 def _final(file: Path) -> Path:

@@ -9,10 +9,11 @@ blocks are the same for everyone, each is computed by one thread, and several of
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -131,13 +132,28 @@ def share(count: int, *, rank: int, size: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch operations inside run in one thread, so that their bits do not depend on the machine's cores."""
+    """Operations of PyTorch and numpy inside run in one thread, so that their bits do not depend on the machine's cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _libraries().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+def _limit_this_thread() -> None:
+    """For a thread that lives no longer than one_thread(): some libraries keep a number for each thread that calls them."""
+    torch.set_num_threads(1)
+    _libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _libraries() -> Any:
+    """The libraries behind numpy. Looking for them takes some milliseconds."""
+    from threadpoolctl import ThreadpoolController  # a part of scikit-learn
+
+    return ThreadpoolController()
 
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
@@ -150,7 +166,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], *, threads: 
         if threads <= 1:
             yield from map(function, items)
             return
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(threads, initializer=_limit_this_thread)
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -189,7 +205,9 @@ def as_stored(array: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     wanted = torch.float16 if kind == "float16" else torch.float32
-    if not tensor.numel():
-        return tensor.to(wanted).numpy(), True
-    extremes = torch.stack(torch.aminmax(tensor)).to(wanted)  # NaN if there is one
-    return tensor.to(wanted).numpy(), bool(torch.isfinite(extremes).all())
+    # No number is larger than the root of the sum of all squares, and this sum is one quick pass: mostly it is enough.
+    is_finite = float(torch.dot(tensor.view(-1), tensor.view(-1))) <= torch.finfo(wanted).max ** 2
+    if not is_finite:
+        extremes = torch.stack(torch.aminmax(tensor)).to(wanted)  # NaN if there is one
+        is_finite = bool(torch.isfinite(extremes).all())
+    return tensor.to(wanted).numpy(), is_finite

@@ -1,12 +1,15 @@
 """Shards of features on disk: .npy files of fixed size, and a checksum of every row in a file beside them.
 
-A shard that is cut off is noticed by its size, one whose bytes have changed when its rows are read.
+A shard that is cut off is noticed by its size, one whose bytes have changed when its rows are read. `manifest` is that of
+a split's features (features.py): names below its folder, their rows, shapes and types.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +17,7 @@ from vissl_like.analysis.npy_file import NpyFile
 from vissl_like.analysis.rows import spans
 
 #: Beside the shards of a layer: uint64 (rows,), 0 for a row that is not written yet.
-SUMS = "sums.npy"
+_SUMS = "sums.npy"
 #: Rows that are checked at once.
 _CHECK_BYTES = 1 << 24
 
@@ -64,3 +67,43 @@ def changed_rows(shard: NpyFile, sums: np.ndarray) -> np.ndarray:
         for start, stop in spans(len(shard), size)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------------- what of it is lost
+def sums_file(layer: dict[str, Any]) -> str:
+    """The name of a layer's checksums."""
+    return PurePosixPath(layer["shards"][0]).with_name(_SUMS).as_posix()
+
+
+def lost_files(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape and type of each shard and file of checksums that is missing, cut off or no such array; by name."""
+    return {name: form for name, form, _ in _files(manifest) if array_problem(folder / name, **form)}
+
+
+def lost_blocks(
+    folder: Path, manifest: dict[str, Any], *, lost: Collection[str], suspects: Collection[str]
+) -> np.ndarray:
+    """Ascending numbers of the blocks with rows in `lost` files, and of those that do not fit to checksums in `suspects`.
+
+    Only for these are rows read: that takes as long as reading the layer.
+    """
+    size = manifest["block_rows"]
+    found = [np.arange(start // size, -(-stop // size)) for name, _, (start, stop) in _files(manifest) if name in lost]
+    for layer in manifest["layers"].values():
+        name = sums_file(layer)
+        if name not in suspects or name in lost:
+            continue
+        sums = NpyFile(folder / name)
+        for shard, (start, stop) in zip(layer["shards"], spans(len(sums), manifest["shard_rows"]), strict=True):
+            if shard not in lost:
+                found.append((start + changed_rows(NpyFile(folder / shard), sums.read(start, stop))) // size)
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+
+
+def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
+    """(name, its shape and type, rows start..stop that it is about) of each file of checksums and each shard."""
+    rows = manifest["rows"]
+    for layer in manifest["layers"].values():
+        yield sums_file(layer), {"shape": (rows,), "dtype": "uint64"}, (0, rows)
+        for name, (start, stop) in zip(layer["shards"], spans(rows, manifest["shard_rows"]), strict=True):
+            yield name, {"shape": (stop - start, *layer["shape"]), "dtype": layer["dtype"]}, (start, stop)

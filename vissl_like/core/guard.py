@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from vissl_like.core import distributed, parallel
 from vissl_like.core.state_format import write_tensors
 from vissl_like.errors import UserError
+from vissl_like.files import write_json
 
 FOLDER = "replay"
 
@@ -75,8 +75,8 @@ def save_replay(run_dir: Path, batch: Mapping[str, Any], model: nn.Module, *, in
     rows = parallel.is_sharded(model)  # the other processes are not here to give theirs
     write_tensors(folder / ("model.rows.safetensors" if rows else "model.safetensors"), local_state(model))
     indices = batch["index"].tolist() if "index" in batch else []
-    text = json.dumps({**info, "rank": world.rank, "world_size": world.size, "indices": indices}, indent=1)
-    (folder / "info.json").write_text(text + "\n")
+    about = {**info, "rank": world.rank, "world_size": world.size, "indices": indices}
+    write_json(folder / "info.json", about)
     return folder
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import logging
 import os
 import time
@@ -22,7 +21,8 @@ import torch
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Profile as ProfileOptions
 from vissl_like.core import distributed
-from vissl_like.errors import ConfigError
+from vissl_like.errors import ConfigError, DataError
+from vissl_like.files import write_json, write_text
 
 FOLDER = "profile"
 #: What a step is made of, in the order of the table.
@@ -170,9 +170,9 @@ class Profile(Unprofiled):
                 found["trace"] = self._file("trace", ".json.gz").name
                 tracer.export_chrome_trace(str(self._file("trace", ".json.gz")))
             text = in_words(found)
-            self._file("profile", ".json").write_text(json.dumps(found, indent=1) + "\n")
-            self._file("summary", ".txt").write_text(text + "\n")
-        except (OSError, RuntimeError) as error:
+            write_json(self._file("profile", ".json"), found)
+            write_text(self._file("summary", ".txt"), text + "\n")
+        except (DataError, OSError, RuntimeError) as error:
             log.warning("the profile could not be written to %s: %s", self._folder, error)
         else:
             log.info("%s", text)

@@ -24,6 +24,7 @@ import numpy as np
 from vissl_like.data.decode import IMAGE_EXTENSIONS
 from vissl_like.data.source import PathTable
 from vissl_like.errors import DataError
+from vissl_like.files import beside
 
 _log = logging.getLogger(__name__)
 
@@ -281,21 +282,9 @@ def _write_index(root: str, listing: Listing, watch: Watch) -> str:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = folder / f"{_stem(root)}.{digest[:16]}.index"
     # The times may differ for equal paths, so an older file of this name is replaced; who has mapped it, keeps it.
-    part = folder / f"{file.name}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as stream:
-            for piece in (
-                _MAGIC,
-                len(text).to_bytes(8, "little"),
-                text,
-                *(values.tobytes() for values in parts.values()),
-            ):
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with beside(file, shared=True) as stream:
+        for piece in (_MAGIC, len(text).to_bytes(8, "little"), text, *(values.tobytes() for values in parts.values())):
+            stream.write(piece)
     _forget_unused(folder)
     return str(file)
 

@@ -16,12 +16,14 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from vissl_like.data.decode import IMAGE_EXTENSIONS
 from vissl_like.errors import DataError
+from vissl_like.files import beside
 
 _MAGIC = b"VLSHARD1"
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
@@ -357,18 +359,9 @@ def write_index(index: Index, file: str, *, members: Members) -> Index:
     header = {"facts": asdict(index.facts), "members": asdict(members), "bytes": [values.nbytes for values in arrays]}
     text = json.dumps(header).encode()
     text = text.ljust(len(text) + -len(text) % 8)
-    part = f"{file}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as stream:
-            for piece in (_MAGIC, len(text).to_bytes(8, "little"), text, *(values.tobytes() for values in arrays)):
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+    with beside(Path(file), shared=True) as stream:
+        for piece in (_MAGIC, len(text).to_bytes(8, "little"), text, *(values.tobytes() for values in arrays)):
+            stream.write(piece)
     return Index(index.facts, None, file=file)
 
 

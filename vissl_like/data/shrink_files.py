@@ -12,11 +12,13 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
 from vissl_like.data.decode import Encoded, Unreadable, read_bytes
 from vissl_like.errors import DataError
+from vissl_like.files import beside
 
 #: How the names of unfinished files end.
 PART = ".part"
@@ -189,19 +191,13 @@ def shrink_shard(source: str, file: str, rows: Sequence[tuple[int, str, int | No
     if there is not None:
         return _seen_again(source, rows, there, settings=settings)
     outcome = Outcome()
-    part = f"{file}.{os.getpid()}{PART}"
-    with writing(file):
-        try:
-            with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as shard:
-                for row, path, label in rows:
-                    _add_to_shard(shard, source, row, path, label, settings=settings, outcome=outcome)
-            with open(part, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(part, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+    with (
+        writing(file),
+        beside(Path(file), shared=True) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as shard,
+    ):
+        for row, path, label in rows:
+            _add_to_shard(shard, source, row, path, label, settings=settings, outcome=outcome)
     return outcome
 
 

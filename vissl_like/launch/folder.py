@@ -29,18 +29,27 @@ OCCUPIED_FILE = ".running"
 
 log = logging.getLogger(__name__)
 
-#: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
-OUTPUTS = (
-    *(CONFIG_FILE, LAUNCH_FILE, PLAN_FILE, RESULTS_FILE, MANIFEST_FILE, "environment.json", "log.txt", "metrics.jsonl"),
-    *("weights_report.json", "weights_report.txt", "bad_images.txt", "report.html", "table.json", "wandb_id.txt"),
-    *("checkpoints", "figures", "replay", "features", "clusters", "predictions", "tb_logs", ".errors"),
-    *("part_maps", "thresholds", "speed.json", "profile"),
-)
 #: What a run computes; without any of it the folder of one that failed may take a run of another configuration.
 _WORK = (
     *(RESULTS_FILE, MANIFEST_FILE, "metrics.jsonl", "checkpoints", "features", "clusters", "predictions"),
     *("part_maps", "thresholds", "speed.json", "replay"),
 )
+#: What it writes about itself.
+_RECORDS = (
+    *(
+        CONFIG_FILE,
+        LAUNCH_FILE,
+        PLAN_FILE,
+        "environment.json",
+        "log.txt",
+        "bad_images.txt",
+        "report.html",
+        "table.json",
+    ),
+    *("weights_report.json", "weights_report.txt", "wandb_id.txt", "figures", "tb_logs", "profile", ".errors"),
+)
+#: What runs write into their folder: RUN.OVERWRITE removes these and nothing else.
+OUTPUTS = (*_WORK, *_RECORDS)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def environment_of_ranks(plan: Plan, **more: str) -> Iterator[None]:
 
 
 def hand_on(number: int) -> bool:
-    """Send a signal to the ranks; False if there are none yet."""
+    """Send a signal to the processes that this one has started; False if there are none yet."""
     children = multiprocessing.active_children()
     for child in children:
         if child.pid is not None:

@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -41,6 +40,7 @@ from vissl_like.launch.allocation import adopt, are_ranks
 from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
+from vissl_like.launch.ranks import hand_on
 from vissl_like.launch.start import start
 
 LEDGER = "sweep.jsonl"
@@ -225,9 +225,8 @@ def _signals() -> Iterator[list[int]]:
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        for child in multiprocessing.active_children():
-            if child.pid is not None and number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
-                os.kill(child.pid, number)
+        if number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
+            hand_on(number)
 
     with handled_by(forward, *SIGNALS, signal.SIGINT):
         yield received

@@ -7,9 +7,7 @@ REMOVE_PARTS. Letters: B images, H W pixels, K parts, h w cells of the maps; the
 from __future__ import annotations
 
 import colorsys
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from vissl_like.config.schema import Config
 from vissl_like.config.schema_parts import PartMaps
 from vissl_like.core import rng
 from vissl_like.errors import DataError
+from vissl_like.files import beside
 from vissl_like.outputs.run_folder import PART_MAPS_FOLDER
 
 #: The colours of parts 0, 1, ...: far from each other, and neighbours in the list are not of one hue.
@@ -154,16 +153,13 @@ def save_part_maps(
         "area": [round(share, 4) for share in _areas(maps.argmax(dim=1), maps.shape[1]).tolist()],
     }
     file = run_dir / PART_MAPS_FOLDER / f"{epoch:04d}_{batch:05d}.jpg"
-    beside = file.with_name(f".{file.stem}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(beside, format="JPEG", quality=90, subsampling=0)
-        os.replace(beside, file)
-        beside.write_text(json.dumps(about), encoding="utf-8")
-        os.replace(beside, file.with_suffix(".json"))
+        with beside(file) as stream:
+            sheet.save(stream, format="JPEG", quality=90, subsampling=0)
+        with beside(file.with_suffix(".json")) as stream:
+            stream.write(json.dumps(about).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise DataError(f"{file}: the part maps cannot be written ({error.strerror}).") from error
     return file
 
