@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vissl_like.config.schema_parts import PartsModel
+from vissl_like.core.parallel import Forward, change_forward
 from vissl_like.errors import ConfigError
 from vissl_like.losses.parts import exact, full
 from vissl_like.models.part_backbones import NAME_KEY, OPTIONS_KEY, MapTrunk, TokenTrunk
@@ -93,8 +94,7 @@ def masked_token(trunk: TokenTrunk, prefix: Tensor, images: Tensor, mask: TokenM
     if not has_gradient:
         return trunk.encode(tokens, keys)[:, 0]
     soft = torch.cat([before.to(mask.soft.dtype), mask.soft], dim=1)[:, None, None, :]
-    with MaskGradient(keys, soft):
-        return trunk.encode(tokens, keys)[:, 0]
+    return trunk.encode(tokens, keys, soft=soft)[:, 0]
 
 
 def prune(tokens: Tensor, hard: Tensor, *, num_prefix: int) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,26 @@ class MaskGradient(TorchFunctionMode):
             weights = weights * (self.soft - self.soft.detach()).to(weights.dtype)  # zero, with a gradient
             slope = weights @ value - weights.sum(dim=-1, keepdim=True) * full(output.detach())
         return output + slope.to(output.dtype)
+
+
+def give_mask_gradient(trunk: TokenTrunk) -> None:
+    """Let the blocks take, beside their mask, the soft one that gets a gradient.
+
+    Each block by itself, so that it does the same when it is compiled, or computed again in the backward pass.
+    """
+    for block in trunk.face.blocks(trunk.backbone):
+        change_forward(block, _with_mask_gradient)
+
+
+def _with_mask_gradient(forward: Forward) -> Forward:
+    def run(self: nn.Module, tokens: Tensor, *, soft: Tensor | None = None, **masks: Any) -> Any:
+        if soft is None:
+            return forward(self, tokens, **masks)
+        (hard,) = masks.values()
+        with MaskGradient(hard, soft):
+            return forward(self, tokens, **masks)
+
+    return run
 
 
 def check_masked(trunk: MapTrunk | TokenTrunk, options: PartsModel) -> TokenTrunk:

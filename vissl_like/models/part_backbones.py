@@ -82,8 +82,8 @@ class TokenFace:
     #: Images -> tokens (B, P+n, D) with positions.
     embed: Callable[[Any, Tensor], Tensor]
     blocks: Callable[[Any], nn.ModuleList]
-    #: A block, tokens and the mask over keys -> tokens.
-    run: Callable[[Any, Tensor, Tensor | None], Tensor]
+    #: A block, tokens, the mask over keys, and what else a changed block takes -> tokens.
+    run: Callable[..., Tensor]
     norm: Callable[[Any], nn.Module]
     #: The patch embedding.
     projection: Callable[[Any], Any]
@@ -99,7 +99,7 @@ def _timm_embed(backbone: Any, images: Tensor) -> Tensor:
 TIMM = TokenFace(
     embed=_timm_embed,
     blocks=lambda backbone: backbone.blocks,
-    run=lambda block, tokens, mask: block(tokens, attn_mask=mask),
+    run=lambda block, tokens, mask, **more: block(tokens, attn_mask=mask, **more),
     norm=lambda backbone: backbone.norm,
     projection=lambda backbone: backbone.patch_embed.proj,
     tokens=lambda backbone: [backbone.cls_token, backbone.reg_token, backbone.pos_embed],
@@ -121,7 +121,7 @@ def _hf_num_prefix(backbone: Any) -> int:
 HF = TokenFace(
     embed=lambda backbone, images: backbone.embeddings(images),
     blocks=lambda backbone: backbone.encoder.layer,
-    run=lambda block, tokens, mask: block(tokens, attention_mask=mask),
+    run=lambda block, tokens, mask, **more: block(tokens, attention_mask=mask, **more),
     norm=lambda backbone: backbone.layernorm,
     projection=lambda backbone: backbone.embeddings.patch_embeddings.projection,
     tokens=_hf_tokens,
@@ -150,13 +150,14 @@ class TokenTrunk(Trunk):
         """images (B, 3, H, W) -> tokens (B, P+n, D), positions added."""
         return self.face.embed(self.backbone, images)
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, mask: Tensor | None = None, **more: Tensor) -> Tensor:
         """tokens (B, N, D) -> tokens after all blocks and the last normalisation.
 
-        mask (B, 1, 1, N): keys that every query may see (bool), or what is added to their scores (float).
+        mask (B, 1, 1, N): keys that every query may see (bool), or what is added to their scores (float). more: for blocks
+        whose forward pass was changed (models/masked_vit.py).
         """
         for block in self.face.blocks(self.backbone):
-            tokens = self.face.run(block, tokens, mask)
+            tokens = self.face.run(block, tokens, mask, **more)
         return self.face.norm(self.backbone)(tokens)
 
     def tokens(self, images: Tensor) -> Tensor:
