@@ -30,6 +30,9 @@ HF = {
     "OPTIONS": {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 4, "image_size": 16},
 }
 
+#: Of a Swin transformer, whose maps have their channels last.
+SMALL = {"img_size": 16, "patch_size": 1, "window_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}
+
 
 def section(trunk: dict[str, Any], **parts: Any) -> Model:
     return Model.model_validate({"TRUNK": trunk, "PARTS": {"NUM_PARTS": 3} | parts})
@@ -284,6 +287,8 @@ def test_stochastic_depth_reaches_each_stage() -> None:
     ("kind", "trunk", "parts", "message"),
     [
         ("parts", {"NAME": "raw_pixels"}, {}, "feature maps are not known"),
+        ("parts", {"NAME": "timm/swin_tiny_patch4_window7_224", "OPTIONS": SMALL}, {}, "feature maps are not known"),
+        ("parts", {"NAME": "timm/beit_base_patch16_224", "OPTIONS": {"img_size": 16, "depth": 2}}, {}, "feature maps are not known"),
         ("parts", {"NAME": "hf/vit"}, {}, "DINOv2 models only"),
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"patch_size": 5}}, {}, "not made of whole patches"),
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"img_size": 32}}, {}, "img_size=32"),

@@ -43,8 +43,12 @@ class MapTrunk(Trunk):
         return torch.cat([functional.interpolate(last, size=size, mode="bilinear", align_corners=False), before], 1)
 
     def _width(self, image_size: int | tuple[int, int] | None) -> int:
-        layers = self.stages or ("flatten",)
-        return sum(shape[0] for shape in self.feature_shapes(layers, image_size=image_size).values())
+        shapes = self.feature_shapes(self.stages or ("flatten",), image_size=image_size)
+        channels = {item["module"]: item["num_chs"] for item in getattr(self.backbone, "feature_info", [])}
+        for stage in self.stages:
+            if len(shapes[stage]) != 3 or shapes[stage][0] != channels.get(stage, shapes[stage][0]):
+                raise _unknown_maps(self.adapter.name)  # tokens, or channels last
+        return sum(shape[0] for shape in shapes.values())
 
     def train(self, mode: bool = True) -> MapTrunk:
         """As usual, but batch normalisation that is frozen keeps its running statistics."""
@@ -69,9 +73,13 @@ def _last_two_stages(backbone: nn.Module, adapter: Adapter) -> tuple[str, ...]:
         return tuple(info[-2:])
     if adapter.library == "torchvision" and len(getattr(backbone, "features", ())) == 8:
         return ("features.5", "features.7")
-    raise ConfigError(
-        f"{NAME_KEY}={adapter.name!r}: its feature maps are not known. Part discovery takes timm's and transformers'"
-        " Vision Transformers (timm/vit_..., hf/dinov2), ResNets, ConvNeXts and timm's CNNs, and conv_stem."
+    raise _unknown_maps(adapter.name)
+
+
+def _unknown_maps(name: str) -> ConfigError:
+    return ConfigError(
+        f"{NAME_KEY}={name!r}: its feature maps are not known. Part discovery takes timm's and transformers' plain Vision"
+        " Transformers (timm/vit_..., hf/dinov2), ResNets, ConvNeXts and timm's CNNs, and conv_stem."
     )
 
 
