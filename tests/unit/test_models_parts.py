@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vissl_like.config.schema_model import FeatureEval, Model, WeightsInit
 from vissl_like.core.weights import load_initial_weights
+from vissl_like.core.weights_plan import Status
 from vissl_like.core.weights_rules import rules_of
 from vissl_like.errors import ConfigError
 from vissl_like.models.part_groups import freeze, parameter_roles
@@ -469,6 +471,27 @@ def test_a_single_stage_run_starts_two_stages(tmp_path: Path) -> None:
     assert report.trunk.value == 1
     assert torch.equal(model.stage_one(images(), noise=None).part_dot, first(images()).part_dot)
     assert torch.equal(model.trunk["stage_2"].backbone.cls_token, first.trunk.backbone.cls_token)
+
+
+@pytest.mark.parametrize("preset", ["ifam", "hf_dinov2"])
+def test_gated_layers_of_transformers_4_are_taken_apart(preset: str, tmp_path: Path) -> None:
+    """There, gate and up stand above each other in one tensor; the library itself writes them so."""
+    trunk = HF | {"OPTIONS": HF["OPTIONS"] | {"use_swiglu_ffn": True}}
+    source = build("parts", trunk).trunk.backbone
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    source.save_pretrained(tmp_path / "saved")
+    state = load_file(tmp_path / "saved" / "model.safetensors")
+    assert [key for key in state if "weights_in" in key] and not [key for key in state if "gate_proj" in key]
+    model = build("two_stage", trunk)
+    if preset == "ifam":
+        state = {f"stage_{n}.{key}": value for key, value in state.items() for n in (1, 2)}
+    report = load(model, state, tmp_path, PRESET=preset, MIN_LOADED=1.0)
+    assert report.trunk.value == 1 and not report.count(Status.UNEXPECTED) and "taken apart" in report.table()
+    for stage in ("stage_1", "stage_2"):
+        for name, value in model.trunk[stage].backbone.state_dict().items():
+            assert torch.equal(value, source.state_dict()[name]), name
 
 
 def test_a_wrong_prefix_names_the_one_that_fills_both_stages(tmp_path: Path) -> None:
