@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.integration.test_engines import run, run_ranks
 from vissl_like.config.schema import Job
+from vissl_like.config.schema_parts import PartsLoss
 from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
 from vissl_like.outputs.report_parts import part_pictures
@@ -98,6 +99,27 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_training(
 def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path) -> None:
     run(job("train", birds, PART_MAPS={"SAVING_PROB": 1e-9}, TEST_ONLY=True), tmp_path)
     assert drawn(tmp_path) == ["0000_00000.jpg", "0000_00000.json"]
+
+
+# ----------------------------------------------------------------------------------------------------- terms of the loss
+def test_terms_without_weight_do_not_stop_two_processes(birds: Path, tmp_path: Path) -> None:
+    """What nothing has a gradient for is not trained: DistributedDataParallel would wait for it in vain."""
+    one_epoch = {"OPTIMIZER": {"NUM_EPOCHS": 1, "NAME": "adamw", "PARAM_GROUP_CONSTRUCTOR": "parts"}}
+    masks_alone = {"CLASSIFICATION_LOSS": 0, "ORTHOGONALITY_LOSS_LANDMARKS": 0}
+    two = job("train", birds, MODEL__NAME="two_stage", MODEL__TRUNK=VIT, LOSS={"PARTS": masks_alone}, **one_epoch)
+    networks = {"NUM_PARTS": 3, "MODULATION_TYPE": "parallel_mlp", "MODULATION_ORTH": False}
+    one = job("train", birds, MODEL__PARTS=networks, **one_epoch)
+    runs = [(two, tmp_path / "two_stage"), (one, tmp_path / "parts")]
+    assert run_ranks(runs, tmp_path / "ranks", ranks=2) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["parts", "two_stage", "pooled"])
+def test_a_loss_without_terms_is_refused(kind: str, birds: Path, tmp_path: Path) -> None:
+    nothing = {name: 0 for name in PartsLoss.model_fields if name.endswith(("_LOSS", "_LANDMARKS", "_STAGE_2"))} | {
+        "USE_BCE_LOSS": False
+    }
+    with pytest.raises(ConfigError, match=r"nothing to learn.*=1"):
+        run(job("train", birds, MODEL__NAME=kind, MODEL__TRUNK=VIT, LOSS={"PARTS": nothing}), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- evaluations

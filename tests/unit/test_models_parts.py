@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vissl_like.config.schema_model import FeatureEval, Model, WeightsInit
+from vissl_like.config.schema_model import FeatureEval, Loss, Model, WeightsInit
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.core.weights_plan import Status
 from vissl_like.core.weights_rules import rules_of
 from vissl_like.errors import ConfigError
-from vissl_like.models.part_groups import freeze, parameter_roles
+from vissl_like.models.part_groups import MAP_TERMS, freeze, freeze_idle, parameter_roles
 from vissl_like.models.part_zoo import PART_MODELS, build_part_model
 from vissl_like.models.parts import PartLayers, PartNoise
 from vissl_like.models.two_stage import leave_one_out
+from vissl_like.tasks.parts import Parts
 
 ROLES = json.loads((Path(__file__).parents[1] / "data" / "parts_roles.json").read_text())
 VIT = {
@@ -34,6 +35,9 @@ HF = {
 
 #: Of a Swin transformer, whose maps have their channels last.
 SMALL = {"img_size": 16, "patch_size": 1, "window_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}
+
+#: Weights of all terms but the cross-entropies.
+NO_TERMS = {term: 0.0 for term in (*MAP_TERMS, "ORTHOGONALITY_LOSS_LANDMARKS")}
 
 
 def section(trunk: dict[str, Any], **parts: Any) -> Model:
@@ -428,6 +432,46 @@ def test_roles_go_by_module_not_by_name() -> None:
     model.trunk.backbone.blocks[0].cls_token_mixer = torch.nn.Linear(2, 2)
     roles = parameter_roles(model)
     assert {roles[name] for name in roles if "head_modulation" in name or "mixer" in name} == {"backbone"}
+
+
+MAPS_ALONE = {"CLASSIFICATION_LOSS": 0, "ORTHOGONALITY_LOSS_LANDMARKS": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "loss", "idle"),
+    [
+        ("two_stage", {}, {}, set()),
+        ("two_stage", {}, MAPS_ALONE, {"modulation", "head"}),
+        ("two_stage", {}, {"CLASSIFICATION_LOSS_STAGE_2": 0}, {"backbone_2", "tokens_2", "head_2"}),
+        ("two_stage", {}, NO_TERMS | {"CLASSIFICATION_LOSS": 0}, {"backbone", "tokens", "prototypes", "modulation", "head"}),
+        ("two_stage", {"USE_SOFT_MASKS": True}, NO_TERMS | {"CLASSIFICATION_LOSS": 0}, {"modulation", "head"}),
+        ("two_stage", {"MASK_GRADIENT": "straight_through"}, NO_TERMS | {"CLASSIFICATION_LOSS": 0}, {"modulation", "head"}),
+        ("parts", {"MODULATION_ORTH": False}, {"CLASSIFICATION_LOSS": 0}, {"modulation", "head"}),
+        ("parts", {}, {"CLASSIFICATION_LOSS": 0}, {"head"}),
+        ("parts", {}, NO_TERMS, set()),
+    ],
+)  # fmt: skip
+def test_what_no_term_of_the_loss_reaches_is_not_trained(
+    kind: str, parts: dict[str, Any], loss: dict[str, Any], idle: set[str]
+) -> None:
+    """What is said to be idle is exactly what a step leaves without gradient."""
+    model = build(kind, VIT, **parts).train()
+    given = Loss.model_validate({"PARTS": loss})
+    assert set(freeze_idle(model, given.PARTS)) == idle
+    task = Parts(model, loss=given, num_classes=5)
+    task({"data": images(), "label": torch.tensor([0, 1]), "index": torch.arange(2)})["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (parameter_roles(model)[name] not in idle), name
+
+
+@pytest.mark.parametrize("sees_background", [True, False])
+def test_the_background_has_no_network_to_train_unless_it_is_compared(sees_background: bool) -> None:
+    model = build("parts", VIT, MODULATION_TYPE="parallel_mlp", MODULATION_ORTH=sees_background).train()
+    assert not freeze_idle(model, Loss().PARTS)
+    task = Parts(model, loss=Loss(), num_classes=5)
+    task({"data": images(), "label": torch.tensor([0, 1]), "index": torch.arange(2)})["loss"].backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad == sees_background for parameter in model.heads.modulation.layers[3].parameters())
 
 
 def test_frozen_batch_normalisation_keeps_its_statistics() -> None:
