@@ -162,7 +162,7 @@ def _with_mask_gradient(forward: Forward) -> Forward:
 def check_masked(trunk: MapTrunk | TokenTrunk, options: PartsModel) -> TokenTrunk:
     """The trunk, if it can be masked; ConfigError if not, or if the options of masks do not fit together."""
     name = trunk.adapter.name
-    if not isinstance(trunk, TokenTrunk) or trunk.num_prefix == 0:
+    if not isinstance(trunk, TokenTrunk) or not trunk.has_class_token:
         raise ConfigError(
             f"{NAME_KEY}={name!r}: only a Vision Transformer with a class token can be masked. Set"
             " config.MODEL.PARTS.STAGE_TWO_TRUNK.NAME (two_stage) or config.MODEL.TRUNK.NAME to timm/vit_... or hf/dinov2."

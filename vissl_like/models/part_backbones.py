@@ -95,6 +95,7 @@ class TokenFace:
     norm: Callable[[Any], nn.Module]
     #: The patch embedding.
     projection: Callable[[Any], Any]
+    #: Class token, registers and position table.
     tokens: Callable[[Any], list[nn.Parameter | None]]
     num_prefix: Callable[[Any], int]
 
@@ -144,6 +145,8 @@ class TokenTrunk(Trunk):
         super().__init__(backbone, adapter)
         self.face = face
         self.num_prefix = face.num_prefix(backbone)
+        #: Whether the first token is a class token; some transformers have registers only.
+        self.has_class_token = face.tokens(backbone)[0] is not None
         projection = face.projection(backbone)
         self.patch_size: tuple[int, int] = tuple(projection.stride)
         #: Whether each token is made of its own pixels only.
@@ -215,6 +218,7 @@ def build_part_trunk(
 def _timm_trunk(
     section: TrunkSection, name: str, *, image_size: int | tuple[int, int] | None, drop_path: float, output_stride: int
 ) -> MapTrunk | TokenTrunk:
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     options: dict[str, Any] = {"global_pool": ""} | section.OPTIONS
@@ -232,7 +236,13 @@ def _timm_trunk(
         options = {"img_size": image_size} | options
     if options.get("patch_drop_rate"):
         raise ConfigError(f"{OPTIONS_KEY}.patch_drop_rate: part maps need all patches; leave it out.")
-    trunk = TokenTrunk(*libraries.build(section.NAME, options), TIMM)
+    backbone, adapter = libraries.build(section.NAME, options)
+    if not isinstance(backbone.patch_embed, PatchEmbed) or not isinstance(backbone.patch_embed.proj, nn.Conv2d):
+        raise ConfigError(
+            f"{NAME_KEY}={section.NAME!r}: its patches are made by a network that sees beyond them. Part discovery takes"
+            " Vision Transformers whose patch embedding is one convolution (timm/vit_small_patch14_reg4_dinov2, ...)."
+        )
+    trunk = TokenTrunk(backbone, adapter, TIMM)
     made_for = trunk.adapter.image_size
     if image_size is not None and made_for != _pair(image_size) and not trunk.backbone.dynamic_img_size:
         raise ConfigError(

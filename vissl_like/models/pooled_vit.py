@@ -114,7 +114,7 @@ class PooledModel(PartInputs):
         self.trunk = trunk
         self.heads: PoolingHead | nn.Linear
         if isinstance(trunk, TokenTrunk):
-            if trunk.num_prefix == 0 and kind in ("cls", "gap_cls"):
+            if not trunk.has_class_token and kind in ("cls", "gap_cls"):
                 raise ConfigError(f"{KEY}={kind!r}: {trunk.adapter.name} has no class token. Use gap, ep or aim.")
             self.heads = PoolingHead(width, kind=kind, num_prefix=trunk.num_prefix, num_classes=num_classes)
         elif kind == "gap":
