@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,7 +39,7 @@ HF = {
 SMALL = {"img_size": 16, "patch_size": 1, "window_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}
 
 #: Weights of all terms but the cross-entropies.
-NO_TERMS = {term: 0.0 for term in (*MAP_TERMS, "ORTHOGONALITY_LOSS_LANDMARKS")}
+NO_TERMS = dict.fromkeys((*MAP_TERMS, "ORTHOGONALITY_LOSS_LANDMARKS"), 0.0)
 
 
 def section(trunk: dict[str, Any], **parts: Any) -> Model:
@@ -294,10 +296,20 @@ def test_stochastic_depth_reaches_each_stage() -> None:
     [
         ("parts", {"NAME": "raw_pixels"}, {}, "feature maps are not known"),
         ("parts", {"NAME": "timm/swin_tiny_patch4_window7_224", "OPTIONS": SMALL}, {}, "feature maps are not known"),
-        ("parts", {"NAME": "timm/beit_base_patch16_224", "OPTIONS": {"img_size": 16, "depth": 2}}, {}, "feature maps are not known"),
+        (
+            "parts",
+            {"NAME": "timm/beit_base_patch16_224", "OPTIONS": {"img_size": 16, "depth": 2}},
+            {},
+            "feature maps are not known",
+        ),
         ("parts", {"NAME": "timm/vit_small_r26_s32_224"}, {}, "a network that sees beyond"),
         ("decoupled", {"NAME": "timm/vit_base_mci_224", "OPTIONS": {"depth": 2}}, {}, "a network that sees beyond"),
-        ("decoupled", VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": False}}, {}, "with a class token can be masked"),
+        (
+            "decoupled",
+            VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": False}},
+            {},
+            "with a class token can be masked",
+        ),
         ("pooled", VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": False}}, {}, "has no class token"),
         ("parts", {"NAME": "hf/vit"}, {}, "DINOv2 models only"),
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"patch_size": 5}}, {}, "not made of whole patches"),
@@ -465,7 +477,9 @@ def test_what_no_term_of_the_loss_reaches_is_not_trained(
     task = Parts(model, loss=given, num_classes=5)
     task({"data": images(), "label": torch.tensor([0, 1]), "index": torch.arange(2)})["loss"].backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad == (parameter_roles(model)[name] not in idle), name
+        assert (parameter.grad is not None) == parameter.requires_grad == (parameter_roles(model)[name] not in idle), (
+            name
+        )
 
 
 @pytest.mark.parametrize("sees_background", [True, False])
@@ -475,7 +489,9 @@ def test_the_background_has_no_network_to_train_unless_it_is_compared(sees_backg
     task = Parts(model, loss=Loss(), num_classes=5)
     task({"data": images(), "label": torch.tensor([0, 1]), "index": torch.arange(2)})["loss"].backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
-    assert all(parameter.requires_grad == sees_background for parameter in model.heads.modulation.layers[3].parameters())
+    assert all(
+        parameter.requires_grad == sees_background for parameter in model.heads.modulation.layers[3].parameters()
+    )
 
 
 def test_frozen_batch_normalisation_keeps_its_statistics() -> None:
@@ -519,6 +535,22 @@ def test_a_single_stage_run_starts_two_stages(tmp_path: Path) -> None:
     assert report.trunk.value == 1
     assert torch.equal(model.stage_one(images(), noise=None).part_dot, first(images()).part_dot)
     assert torch.equal(model.trunk["stage_2"].backbone.cls_token, first.trunk.backbone.cls_token)
+
+
+@pytest.mark.parametrize(
+    "trunk", [VIT, {"NAME": "timm/resnet18", "OPTIONS": {}}, {"NAME": "torchvision/convnext_tiny"}]
+)
+def test_a_librarys_classifier_becomes_the_baseline(trunk: dict[str, Any], tmp_path: Path) -> None:
+    library, name = trunk["NAME"].split("/")
+    size, options = (64, trunk.get("OPTIONS", {})) if trunk is not VIT else (16, VIT["OPTIONS"] | {"img_size": 16})
+    torch.manual_seed(0)
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    original = make(name, num_classes=5, **options).eval()
+    model = build("pooled", trunk, size=size, POOLING_TYPE="cls" if trunk is VIT else "gap").eval()
+    report = load(model, original.state_dict(), tmp_path, PRESET="ifam_baseline", MIN_LOADED=1.0)
+    assert report.trunk.value == report.heads.value == 1
+    x = images(2, (size, size))
+    torch.testing.assert_close(model(x), original(x))
 
 
 @pytest.mark.parametrize("preset", ["ifam", "hf_dinov2"])

@@ -60,16 +60,25 @@ class MaskedHead(nn.Module):
 
 
 class MeanHead(nn.Module):
-    """Mean token (B, D) -> logits (B, C): a linear layer with bias, for late masking."""
+    """A pooled feature (B, D) -> logits (B, C): a linear layer with bias, for late masking and CNNs.
+
+    State keys: classifier.*.
+    """
 
     def __init__(self, width: int, *, num_classes: int) -> None:
         super().__init__()
-        self.classifier = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(self.classifier.weight, std=LINEAR_STD)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = new_classifier(width, num_classes)
 
     def forward(self, token: Tensor) -> Tensor:
         return self.classifier(token)
+
+
+def new_classifier(width: int, num_classes: int) -> nn.Linear:
+    """A linear layer with bias, truncated normal weights."""
+    layer = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def masked_logits(
