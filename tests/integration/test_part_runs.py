@@ -17,6 +17,7 @@ from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
 from vissl_like.outputs.report_parts import part_pictures
 from vissl_like.outputs.run_folder import RunFolder
+from vissl_like.outputs.writers import read_metrics
 
 SIDE = 32
 TRANSFORMS = [
@@ -79,6 +80,19 @@ def test_maps_are_drawn_while_a_model_trains(birds: Path, tmp_path: Path) -> Non
         assert one["rows"] == two["rows"] == [6 * one["batch"], 6 * one["batch"] + 1]
     newest = part_pictures(RunFolder(tmp_path / "one"))[-1]
     assert (newest.epoch, newest.batch) == (3, 3)
+
+
+def test_learning_rates_of_all_groups_are_logged(birds: Path, tmp_path: Path) -> None:
+    optimizer = {
+        "NUM_EPOCHS": 1, "NAME": "adamw", "PARAM_GROUP_CONSTRUCTOR": "parts",
+        "PARAM_SCHEDULERS": {"LR": {"NAME": "timm_cosine", "START_VALUE": 1e-6}},
+        "PARTS": {"FINER_LR_FACTOR": 10, "MODULATION_LR_FACTOR": 100, "SCRATCH_LR_FACTOR": 1000},
+    }  # fmt: skip
+    run(job("train", birds, OPTIMIZER=optimizer, TEST_MODEL=False), tmp_path)
+    first = next(line for line in read_metrics(tmp_path) if line["kind"] == "train")
+    rates = {key: value for key, value in first.items() if key.startswith("lr")}
+    expected = {"lr": 1, "lr_backbone": 1, "lr_prototypes": 10, "lr_modulation": 100, "lr_head": 1000}
+    assert rates == pytest.approx({key: 1e-6 * factor for key, factor in expected.items()}, rel=1e-9)
 
 
 def test_only_the_chosen_epochs_are_drawn(birds: Path, tmp_path: Path) -> None:
