@@ -116,15 +116,40 @@ def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path) -> None
 
 
 # ----------------------------------------------------------------------------------------------------- terms of the loss
-def test_terms_without_weight_do_not_stop_two_processes(birds: Path, tmp_path: Path) -> None:
-    """What nothing has a gradient for is not trained: DistributedDataParallel would wait for it in vain."""
-    one_epoch = {"OPTIMIZER": {"NUM_EPOCHS": 1, "NAME": "adamw", "PARAM_GROUP_CONSTRUCTOR": "parts"}}
-    masks_alone = {"CLASSIFICATION_LOSS": 0, "ORTHOGONALITY_LOSS_LANDMARKS": 0}
-    two = job("train", birds, MODEL__NAME="two_stage", MODEL__TRUNK=VIT, LOSS={"PARTS": masks_alone}, **one_epoch)
+def test_two_processes_train_as_one(birds: Path, tmp_path: Path) -> None:
+    """Two stages, nothing drawn at random: both processes together have the batch of the one, and presence sees all of it.
+
+    And where terms have no weight: DistributedDataParallel would wait in vain for what nothing has a gradient for.
+    """
+    calm = {
+        "DEGREES": 0,
+        "TRANSLATE_X": 0,
+        "TRANSLATE_Y": 0,
+        "SCALE_L": 1.25,
+        "SCALE_U": 1.25,
+        "PRESENCE_BATCH": "global",
+    }
+    drawn = {"GUMBEL_SOFTMAX": False, "PART_DROPOUT": 0, "PART_DROPOUT_STAGE_2": 0}
+    plain = {"NAME": "sgd", "NUM_EPOCHS": 1, "PARAM_SCHEDULERS": {"LR": {"NAME": "constant", "VALUE": 0.01}}}
+    shared: dict[str, Any] = {"OPTIMIZER": plain, "MODEL__TRUNK": VIT, "TEST_MODEL": False}
+    two_stage: dict[str, Any] = shared | {
+        "MODEL__NAME": "two_stage", "LOSS": {"PARTS": calm}, "LOG_FREQUENCY": 1,
+        "MODEL__PARTS": {"NUM_PARTS": 3, "MASK_GRADIENT": "straight_through", **drawn},
+    }  # fmt: skip
+    masks_alone = {"LOSS": {"PARTS": {"CLASSIFICATION_LOSS": 0, "ORTHOGONALITY_LOSS_LANDMARKS": 0}}}
     networks = {"NUM_PARTS": 3, "MODULATION_TYPE": "parallel_mlp", "MODULATION_ORTH": False}
-    one = job("train", birds, MODEL__PARTS=networks, **one_epoch)
-    runs = [(two, tmp_path / "two_stage"), (one, tmp_path / "parts")]
+    runs = [
+        (job("train", birds, DATA__TRAIN__BATCHSIZE_PER_REPLICA=3, **two_stage), tmp_path / "two"),
+        (job("train", birds, MODEL__NAME="two_stage", **shared, **masks_alone), tmp_path / "masks_alone"),
+        (job("train", birds, **shared, MODEL__PARTS=networks), tmp_path / "networks"),
+    ]
     assert run_ranks(runs, tmp_path / "ranks", ranks=2) == [0, 0]
+    run(job("train", birds, **two_stage), tmp_path / "one")
+    one, two = ([line for line in read_metrics(tmp_path / name) if line["kind"] == "train"] for name in ("one", "two"))
+    assert len(one) == 4
+    for ours, theirs in zip(two, one, strict=True):
+        terms = {key: value for key, value in theirs.items() if key.startswith("loss")}
+        assert {key: ours[key] for key in terms} == pytest.approx(terms, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["parts", "two_stage", "pooled"])
