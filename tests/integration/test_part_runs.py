@@ -224,6 +224,10 @@ def test_everything_is_measured_alike_at_one_and_two_ranks(birds: Path, challeng
     ("changes", "message"),
     [
         ({"EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "BACKGROUNDS.PATH is not given"),
+        (
+            {"MODEL__NAME": "pooled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["thresholds"]}},
+            "has no part maps, which thresholds",
+        ),
         ({"MODEL__NAME": "decoupled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "no masks for"),
     ],
 )
