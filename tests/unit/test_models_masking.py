@@ -156,6 +156,7 @@ def test_straight_through_moves_the_prototypes_and_nothing_else_changes(trunk: d
     logits, gradients, second = {}, {}, {}
     for kind in ("none", "straight_through"):
         model: TwoStage = build("two_stage", trunk, MASK_GRADIENT=kind).train()
+        model.check_input((3, 16, 16), key="config.DATA.TRAIN.TRANSFORMS")  # by way of the library's own forward pass
         torch.manual_seed(5)
         output = model(images())
         logits[kind] = output.logits

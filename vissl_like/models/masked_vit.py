@@ -158,12 +158,12 @@ def give_mask_gradient(trunk: TokenTrunk) -> None:
 
 
 def _with_mask_gradient(forward: Forward) -> Forward:
-    def run(self: nn.Module, tokens: Tensor, *, soft: Tensor | None = None, **masks: Any) -> Any:
+    def run(self: nn.Module, *arguments: Any, soft: Tensor | None = None, **named: Any) -> Any:
         if soft is None:
-            return forward(self, tokens, **masks)
-        (hard,) = masks.values()
+            return forward(self, *arguments, **named)
+        (hard,) = named.values()
         with MaskGradient(hard, soft):
-            return forward(self, tokens, **masks)
+            return forward(self, *arguments, **named)
 
     return run
 
