@@ -12,10 +12,12 @@ from PIL import Image
 
 from tests.integration.test_engines import job_of, run, run_ranks
 from vissl_like.config.schema import Job
+from vissl_like.config.schema_parts import PartsLoss
 from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
 from vissl_like.outputs.report_parts import part_pictures
 from vissl_like.outputs.run_folder import RunFolder
+from vissl_like.outputs.writers import read_metrics
 
 SIDE = 32
 TRANSFORMS = [
@@ -75,6 +77,19 @@ def test_maps_are_drawn_while_a_model_trains(birds: Path, tmp_path: Path) -> Non
     assert (newest.epoch, newest.batch) == (3, 3)
 
 
+def test_learning_rates_of_all_groups_are_logged(birds: Path, tmp_path: Path) -> None:
+    optimizer = {
+        "NUM_EPOCHS": 1, "NAME": "adamw", "PARAM_GROUP_CONSTRUCTOR": "parts",
+        "PARAM_SCHEDULERS": {"LR": {"NAME": "timm_cosine", "START_VALUE": 1e-6}},
+        "PARTS": {"FINER_LR_FACTOR": 10, "MODULATION_LR_FACTOR": 100, "SCRATCH_LR_FACTOR": 1000},
+    }  # fmt: skip
+    run(job("train", birds, OPTIMIZER=optimizer, TEST_MODEL=False), tmp_path)
+    first = next(line for line in read_metrics(tmp_path) if line["kind"] == "train")
+    rates = {key: value for key, value in first.items() if key.startswith("lr")}
+    expected = {"lr": 1, "lr_backbone": 1, "lr_prototypes": 10, "lr_modulation": 100, "lr_head": 1000}
+    assert rates == pytest.approx({key: 1e-6 * factor for key, factor in expected.items()}, rel=1e-9)
+
+
 def test_only_the_chosen_epochs_are_drawn(birds: Path, tmp_path: Path) -> None:
     rarely = {"SAVING_PROB": 1e-9, "EVERY_EPOCHS": 2}
     run(job("train", birds, OPTIMIZER__NUM_EPOCHS=5, PART_MAPS=rarely), tmp_path)
@@ -93,6 +108,52 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_training(
 def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path) -> None:
     run(job("train", birds, PART_MAPS={"SAVING_PROB": 1e-9}, TEST_ONLY=True), tmp_path)
     assert drawn(tmp_path) == ["0000_00000.jpg", "0000_00000.json"]
+
+
+# ----------------------------------------------------------------------------------------------------- terms of the loss
+def test_two_processes_train_as_one(birds: Path, tmp_path: Path) -> None:
+    """Two stages, nothing drawn at random: both processes together have the batch of the one, and presence sees all of it.
+
+    And where terms have no weight: DistributedDataParallel would wait in vain for what nothing has a gradient for.
+    """
+    calm = {
+        "DEGREES": 0,
+        "TRANSLATE_X": 0,
+        "TRANSLATE_Y": 0,
+        "SCALE_L": 1.25,
+        "SCALE_U": 1.25,
+        "PRESENCE_BATCH": "global",
+    }
+    drawn = {"GUMBEL_SOFTMAX": False, "PART_DROPOUT": 0, "PART_DROPOUT_STAGE_2": 0}
+    plain = {"NAME": "sgd", "NUM_EPOCHS": 1, "PARAM_SCHEDULERS": {"LR": {"NAME": "constant", "VALUE": 0.01}}}
+    shared: dict[str, Any] = {"OPTIMIZER": plain, "MODEL__TRUNK": VIT, "TEST_MODEL": False}
+    two_stage: dict[str, Any] = shared | {
+        "MODEL__NAME": "two_stage", "LOSS": {"PARTS": calm}, "LOG_FREQUENCY": 1,
+        "MODEL__PARTS": {"NUM_PARTS": 3, "MASK_GRADIENT": "straight_through", **drawn},
+    }  # fmt: skip
+    masks_alone = {"LOSS": {"PARTS": {"CLASSIFICATION_LOSS": 0, "ORTHOGONALITY_LOSS_LANDMARKS": 0}}}
+    networks = {"NUM_PARTS": 3, "MODULATION_TYPE": "parallel_mlp", "MODULATION_ORTH": False}
+    runs = [
+        (job("train", birds, DATA__TRAIN__BATCHSIZE_PER_REPLICA=3, **two_stage), tmp_path / "two"),
+        (job("train", birds, MODEL__NAME="two_stage", **shared, **masks_alone), tmp_path / "masks_alone"),
+        (job("train", birds, **shared, MODEL__PARTS=networks), tmp_path / "networks"),
+    ]
+    assert run_ranks(runs, tmp_path / "ranks", ranks=2) == [0, 0]
+    run(job("train", birds, **two_stage), tmp_path / "one")
+    one, two = ([line for line in read_metrics(tmp_path / name) if line["kind"] == "train"] for name in ("one", "two"))
+    assert len(one) == 4
+    for ours, theirs in zip(two, one, strict=True):
+        terms = {key: value for key, value in theirs.items() if key.startswith("loss")}
+        assert {key: ours[key] for key in terms} == pytest.approx(terms, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["parts", "two_stage", "pooled"])
+def test_a_loss_without_terms_is_refused(kind: str, birds: Path, tmp_path: Path) -> None:
+    nothing = {name: 0 for name in PartsLoss.model_fields if name.endswith(("_LOSS", "_LANDMARKS", "_STAGE_2"))} | {
+        "USE_BCE_LOSS": False
+    }
+    with pytest.raises(ConfigError, match=r"nothing to learn.*=1"):
+        run(job("train", birds, MODEL__NAME=kind, MODEL__TRUNK=VIT, LOSS={"PARTS": nothing}), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- evaluations
@@ -158,6 +219,10 @@ def test_everything_is_measured_alike_at_one_and_two_ranks(birds: Path, challeng
     ("changes", "message"),
     [
         ({"EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "BACKGROUNDS.PATH is not given"),
+        (
+            {"MODEL__NAME": "pooled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["thresholds"]}},
+            "has no part maps, which thresholds",
+        ),
         ({"MODEL__NAME": "decoupled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "no masks for"),
     ],
 )

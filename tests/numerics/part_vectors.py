@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vissl_like.config.schema_model import FeatureEval, Model
 from vissl_like.core.weights import WeightsReport, load_initial_weights
 from vissl_like.core.weights_plan import Status
-from vissl_like.core.weights_rules import rules_of
+from vissl_like.core.weights_rules import find_preset, rules_of
 from vissl_like.models.part_zoo import build_part_model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -33,8 +33,52 @@ class Vectors:
     def get(self, name: str) -> Tensor | None:
         return self[name] if name in self.arrays else None
 
+    @property
+    def num_classes(self) -> int:
+        return self.settings["classes"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        given, patch = self.settings, self.settings["patch"]
+        side = given.get("img", given.get("image"))
+        return tuple(patch * cells for cells in given["grid"]) if side is None else _pair(side)
+
+    @property
+    def trunk(self) -> dict[str, Any]:
+        """The section of the backbone that was recorded."""
+        given = self.settings
+        if "layer_norm_eps" in given:
+            return {
+                "NAME": "hf/dinov2",
+                "OPTIONS": {
+                    "hidden_size": given["dim"],
+                    "num_attention_heads": given["heads"],
+                    "num_hidden_layers": given["depth"],
+                    "patch_size": given["patch"],
+                    "image_size": given["image"],
+                    "mlp_ratio": given["mlp_ratio"],
+                    "layer_norm_eps": given["layer_norm_eps"],
+                    "use_swiglu_ffn": given["swiglu"],
+                },
+            }
+        names = {
+            "embed_dim": "dim", "depth": "depth", "num_heads": "heads", "patch_size": "patch", "mlp_ratio": "mlp_ratio",
+            "qkv_bias": "qkv_bias", "no_embed_class": "no_embed_class", "reg_tokens": "registers",
+        }  # fmt: skip
+        found = {name: given[key] for name, key in names.items() if key in given}
+        if "prefix" in given:
+            found["reg_tokens"] = given["prefix"] - 1
+        if not given.get("layer_scale", True):
+            found["init_values"] = None
+        return {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": found}
+
     def below(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): self[name] for name in self.arrays if name.startswith(prefix)}
+
+
+def _pair(side: int | list[int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def options(
@@ -44,7 +88,7 @@ def options(
     return Model.model_validate({"TRUNK": trunk, "PARTS": parts or {}, "WEIGHTS_INIT": weights})
 
 
-def build(kind: str, model: Model, *, num_classes: int, image_size: int) -> Any:
+def build(kind: str, model: Model, *, num_classes: int, image_size: tuple[int, int]) -> Any:
     torch.manual_seed(0)
     return build_part_model(kind, model, num_classes=num_classes, image_size=image_size)
 
@@ -66,6 +110,17 @@ def our_names(names: list[str], *, preset: str) -> dict[str, str]:
     return {name: rules.apply(name) for name in names}
 
 
+def divided(tensors: dict[str, Tensor], *, preset: str) -> dict[str, Tensor]:
+    """The tensors of the original under the names of their parts, where several of ours are one there."""
+    rules = find_preset(preset)
+    assert rules is not None
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = rules.parts_of(name)
+        found |= dict(zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]))
+    return found
+
+
 def close(value: Tensor, expected: Tensor, kind: str, what: str = "") -> None:
     """Compare within the tolerance of this kind of quantity: map, feature, gradient, distance."""
     rtol, atol = {
@@ -82,6 +137,7 @@ def close(value: Tensor, expected: Tensor, kind: str, what: str = "") -> None:
 def check_gradients(module: nn.Module, expected: dict[str, Tensor], *, preset: str) -> None:
     """Recorded gradients under the original's names."""
     assert expected
+    expected = divided(expected, preset=preset)
     parameters = dict(module.named_parameters())
     names = our_names(list(expected), preset=preset)
     for name, gradient in expected.items():

@@ -25,8 +25,10 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": parts.pixel_wise_entropy,
     "total_variation_mean": parts.total_variation,
     "total_variation_sum": lambda maps: parts.total_variation(maps, reduction="sum"),
-    "presence_soft_constraint_beta0.1": lambda maps: presence(maps, "soft_constraint", beta=0.1),
-    "presence_soft_constraint_beta0.3": lambda maps: presence(maps, "soft_constraint", beta=0.3),
+    **{
+        f"presence_soft_constraint_beta{beta}": lambda maps, beta=beta: presence(maps, "soft_constraint", beta=beta)
+        for beta in SETTINGS["beta"]
+    },
     **{f"presence_{kind}": lambda maps, kind=kind: presence(maps, kind) for kind in ("original", "tanh", "soft_tanh")},
     **{
         f"enforced_presence_{kind}": lambda maps, kind=kind: parts.enforced_presence(maps[:, -1], kind=kind)
@@ -56,7 +58,7 @@ def check_gradient(gradient: Tensor | None, expected: str) -> None:
     torch.testing.assert_close(gradient, array(expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("case", SETTINGS["cases"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_map_losses(name: str, case: str) -> None:
     maps = leaf(f"{case}/maps")
@@ -67,18 +69,18 @@ def test_map_losses(name: str, case: str) -> None:
 
 
 def test_every_recorded_loss_is_compared() -> None:
-    recorded = {name.split("/")[1] for name in ARRAYS if name.startswith(("a/", "b/")) and name.endswith("/value")}
+    recorded = {
+        name.split("/")[1] for name in ARRAYS if name.split("/")[0] in SETTINGS["cases"] and name.endswith("/value")
+    }
     elsewhere = {
         "orthogonality_parts",
         "orthogonality_ifam_trainer",
-        "equivariance_0",
-        "equivariance_1",
-        "equivariance_2",
+        *(f"equivariance_{number}" for number in range(len(AFFINES))),
     }
     assert recorded == set(LOSSES) | elsewhere
 
 
-@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("case", SETTINGS["cases"])
 def test_centroids_and_radial_weight(case: str) -> None:
     rows, columns = parts.centroids(array(f"{case}/maps"))
     check(rows, f"{case}/centroid_row")
@@ -88,7 +90,7 @@ def test_centroids_and_radial_weight(case: str) -> None:
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("case", SETTINGS["cases"])
 @pytest.mark.parametrize(("name", "transposed"), [("orthogonality_parts", False), ("orthogonality_ifam_trainer", True)])
 def test_orthogonality(name: str, transposed: bool, case: str) -> None:
     features = leaf(f"{case}/features")
@@ -98,11 +100,11 @@ def test_orthogonality(name: str, transposed: bool, case: str) -> None:
     check_gradient(features.grad, f"{case}/{name}/grad")
 
 
-@pytest.mark.parametrize("case", ["a", "b"])
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("case", SETTINGS["cases"])
+@pytest.mark.parametrize("number", range(len(AFFINES)))
 def test_equivariance_of_the_original(case: str, number: int) -> None:
     maps, others = leaf(f"{case}/maps"), leaf(f"{case}/equiv_maps")
-    image_size = (14 * maps.shape[2], 14 * maps.shape[3])
+    image_size = (SETTINGS["patch"] * maps.shape[2], SETTINGS["patch"] * maps.shape[3])
     back = affine_module.warp_back(others, AFFINES[number], image_size=image_size, method="nearest_two_step")
     name = f"{case}/equivariance_{number}"
     torch.testing.assert_close(back.detach(), array(f"{name}/warped_back"), rtol=0, atol=0)
@@ -113,7 +115,7 @@ def test_equivariance_of_the_original(case: str, number: int) -> None:
     check_gradient(others.grad, f"{name}/grad_equiv_maps")
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(len(AFFINES)))
 def test_images_are_warped_as_the_original_does(number: int) -> None:
     warped = affine_module.warp(array("forward_warp/image"), AFFINES[number])
     torch.testing.assert_close(warped, array(f"forward_warp/{number}"), rtol=0, atol=1e-5)
@@ -192,7 +194,7 @@ def test_small_grids_and_absent_parts_are_finite(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_the_values(name: str) -> None:
-    if name in ("concentration", "presence_soft_constraint_beta0.1", "presence_soft_constraint_beta0.3"):
+    if name == "concentration" or name.startswith("presence_soft_constraint"):
         pytest.skip("a factor takes no gradient on purpose")
     maps = torch.rand(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
     assert torch.autograd.gradcheck(LOSSES[name], (maps.requires_grad_(),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ from vissl_like.models.masked_vit import Decoupled, TokenMask, masked_token
 from vissl_like.models.part_backbones import TIMM
 
 VECTORS = Vectors("parts_masked_attention")
-TRUNK = {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": {"embed_dim": 48, "depth": 2, "num_heads": 3}}
+PATCH, GRID = VECTORS.settings["patch"], VECTORS.settings["grid"]
 MASK = TokenMask(hard=VECTORS["mask_hard"] > 0.5, soft=VECTORS["mask_soft"])
 
 
+def empty(**parts: Any) -> Decoupled:
+    wanted = options(VECTORS.trunk, parts)
+    return build("decoupled", wanted, num_classes=VECTORS.num_classes, image_size=VECTORS.image_size)
+
+
 def second_stage(folder: Path, kind: str, *, prune: bool = True) -> Decoupled:
-    model = build("decoupled", options(TRUNK, {"PRUNE_TOKENS": prune}), num_classes=6, image_size=56)
+    model = empty(PRUNE_TOKENS=prune)
     load(model, VECTORS.below("stage2/sd/"), folder, preset="ifam_decoupled")
     # The decoupled model is given hard masks; stage 2 of the two-stage model knows soft ones too.
     model.options = model.options.model_copy(update={"USE_SOFT_MASKS": kind == "soft"})
@@ -31,12 +37,11 @@ def features(model: Decoupled, images: torch.Tensor, mask: TokenMask) -> torch.T
 @pytest.mark.parametrize("kind", ["hard", "soft", "none"])
 def test_one_block(kind: str) -> None:
     """Through the same call that the model makes for each of its blocks."""
-    trunk = build("decoupled", options(TRUNK), num_classes=6, image_size=56).trunk
-    block = trunk.backbone.blocks[0]
+    block = empty().trunk.backbone.blocks[0]
     block.load_state_dict(VECTORS.below("block/sd/"))
     tokens = VECTORS["block/tokens"].requires_grad_()
     soft = MASK.soft.clone().requires_grad_()
-    ones = torch.ones(len(tokens), 5)
+    ones = torch.ones(len(tokens), VECTORS.settings["prefix"])
     masks = {
         "none": None,
         "hard": torch.cat([ones.bool(), MASK.hard], dim=1)[:, None, None, :],
@@ -63,7 +68,7 @@ def test_whole_stage(kind: str, mode: str, tmp_path: Path) -> None:
         close(model.heads(token), VECTORS[f"stage2/{kind}/{mode}/logits"], "feature", "logits")
 
 
-@pytest.mark.parametrize("row", range(5))
+@pytest.mark.parametrize("row", range(len(MASK.hard)))
 def test_single_images(row: int, tmp_path: Path) -> None:
     """A batch of one is pruned further than the same image in a batch: nothing changes."""
     model = second_stage(tmp_path, "hard").eval()
@@ -76,8 +81,8 @@ def test_single_images(row: int, tmp_path: Path) -> None:
 def test_given_masks_of_any_size(tmp_path: Path) -> None:
     """Masks of images are brought to the grid of patches by the nearest pixel."""
     model = second_stage(tmp_path, "hard").eval()
-    masks = MASK.hard.float().unflatten(1, (4, 4))
-    large = masks.repeat_interleave(14, dim=1).repeat_interleave(14, dim=2)
+    masks = MASK.hard.float().unflatten(1, GRID)
+    large = masks.repeat_interleave(PATCH, dim=1).repeat_interleave(PATCH, dim=2)
     with torch.no_grad():
         for given in (masks, large, large[:, None]):
             close(model(VECTORS["stage2/image"], given), VECTORS["stage2/hard/eval/logits"], "feature")

@@ -10,41 +10,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.numerics.part_vectors import Vectors, build, check_gradients, close, load, options
+from tests.numerics.part_vectors import Vectors, build, check_gradients, close, divided, load, options
 from vissl_like.errors import DataError
 from vissl_like.models.parts import PartNoise
 from vissl_like.models.two_stage import TwoStage, TwoStageOutput
 
 TIMM, HF = Vectors("parts_model"), Vectors("hf_dinov2")
-#: The original draws noise twice and at evaluation too. Recorded runs are without dropout but for one.
-AS_RECORDED = {
-    "NUM_PARTS": 4, "EVAL_GUMBEL": True, "SHARED_GUMBEL": False, "PART_DROPOUT": 0.0, "PART_DROPOUT_STAGE_2": 0.0,
-}  # fmt: skip
-TIMM_TRUNK = {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": {"embed_dim": 48, "depth": 2, "num_heads": 4}}
-HF_TRUNK = {
-    "NAME": "hf/dinov2",
-    "OPTIONS": {
-        "hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "patch_size": 14,
-        "image_size": 56,
-    },
-}
-LIBRARIES = {"timm": (TIMM, TIMM_TRUNK), "hf": (HF, HF_TRUNK)}
+LIBRARIES = {"timm": TIMM, "hf": HF}
+
+
+def as_recorded(vectors: Vectors) -> dict[str, Any]:
+    """The original draws noise twice and at evaluation too. Recorded runs are without dropout but for one."""
+    return {
+        "NUM_PARTS": vectors.settings["K"], "SOFTMAX_TEMPERATURE": vectors.settings["tau"], "EVAL_GUMBEL": True,
+        "SHARED_GUMBEL": False, "PART_DROPOUT": 0.0, "PART_DROPOUT_STAGE_2": 0.0,
+    }  # fmt: skip
 
 
 def two_stage(library: str, folder: Path, **parts: Any) -> TwoStage:
-    vectors, trunk = LIBRARIES[library]
-    model = build("two_stage", options(trunk, AS_RECORDED | parts), num_classes=6, image_size=56)
+    vectors = LIBRARIES[library]
+    wanted = options(vectors.trunk, as_recorded(vectors) | parts)
+    model = build("two_stage", wanted, num_classes=vectors.num_classes, image_size=vectors.image_size)
     report = load(model, vectors.below("sd/"), folder, preset="ifam")
-    assert len(report.rows) == len(vectors.below("sd/"))
+    assert len(report.rows) == len(divided(vectors.below("sd/"), preset="ifam"))
     return model
 
 
 def noise_of(vectors: Vectors, run: str) -> PartNoise:
     """Recorded noise, else zeros; recorded dropout, if there is any."""
-    zero = torch.zeros(len(vectors["image"]), 5, 4, 4)
+    zero = torch.zeros_like(vectors["eval/zero/maps"])
     first, second = vectors.get(f"{run}/noise_0"), vectors.get(f"{run}/noise_1")
     return PartNoise(
         maps=zero if first is None else first,
@@ -68,7 +62,7 @@ def check_output(output: TwoStageOutput, vectors: Vectors, run: str) -> None:
 @pytest.mark.parametrize("run", ["eval/zero", "eval/rec"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_evaluation(library: str, run: str, tmp_path: Path) -> None:
-    vectors = LIBRARIES[library][0]
+    vectors = LIBRARIES[library]
     model = two_stage(library, tmp_path).eval()
     with torch.no_grad():
         check_output(model(vectors["image"], noise=noise_of(vectors, run)), vectors, run)
@@ -84,7 +78,7 @@ def test_evaluation_without_noise_needs_no_option(tmp_path: Path) -> None:
 
 def test_without_gumbel_only_the_mask_has_noise(tmp_path: Path) -> None:
     model = two_stage("timm", tmp_path, GUMBEL_SOFTMAX=False).eval()
-    noise = PartNoise(mask=torch.zeros(3, 5, 4, 4))
+    noise = PartNoise(mask=torch.zeros_like(TIMM["eval/zero/maps"]))
     with torch.no_grad():
         check_output(model(TIMM["image"], noise=noise), TIMM, "eval/nogumbel")
         one, two = model(TIMM["image"]), model(TIMM["image"])
@@ -92,7 +86,9 @@ def test_without_gumbel_only_the_mask_has_noise(tmp_path: Path) -> None:
     assert not torch.equal(one.mask_soft, two.mask_soft)
 
 
-@pytest.mark.parametrize(("run", "parts"), [("eval/remove_0", [1]), ("eval/remove_1", [0, 2])])
+@pytest.mark.parametrize(
+    ("run", "parts"), [(f"eval/remove_{i}", parts) for i, parts in enumerate(TIMM.settings["remove"])]
+)
 def test_removed_parts(run: str, parts: list[int], tmp_path: Path) -> None:
     """The original writes infinities into the returned maps; here they stay as they are."""
     model = two_stage("timm", tmp_path).eval()
@@ -149,18 +145,18 @@ def test_malformed_thresholds_name_the_file(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_given_masks(library: str, tmp_path: Path) -> None:
-    vectors = LIBRARIES[library][0]
+    vectors = LIBRARIES[library]
     model = two_stage(library, tmp_path).eval()
 
     def logits(mask: torch.Tensor) -> torch.Tensor:
-        both = torch.stack([mask, 1 - mask], dim=1).unflatten(2, (4, 4))
+        both = torch.stack([mask, 1 - mask], dim=1).unflatten(2, vectors["eval/zero/maps"].shape[2:])
         with torch.no_grad():
             return model.stage_two(vectors["image"], soft=both, hard=both)
 
     close(logits(vectors["given/mask"]), vectors["given/logits_stage2"], "feature")
     nothing = vectors.get("given/logits_stage2_allbg")
     if nothing is not None:
-        close(logits(torch.zeros(3, 16)), nothing, "feature")
+        close(logits(torch.zeros_like(vectors["given/mask"])), nothing, "feature")
 
 
 def test_soft_masks(tmp_path: Path) -> None:
@@ -172,7 +168,7 @@ def test_soft_masks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_backbone_features(library: str, tmp_path: Path) -> None:
-    vectors = LIBRARIES[library][0]
+    vectors = LIBRARIES[library]
     trunk = two_stage(library, tmp_path).eval().trunk["stage_1"]
     with torch.no_grad():
         if library == "timm":
@@ -189,8 +185,8 @@ RUNS = {
 
 @pytest.mark.parametrize(("library", "run"), [(library, run) for library, runs in RUNS.items() for run in runs])
 def test_training(library: str, run: str, tmp_path: Path) -> None:
-    vectors = LIBRARIES[library][0]
-    dropout = 0.3 if run.endswith("drop") else 0.0
+    vectors = LIBRARIES[library]
+    dropout = vectors.settings["dropout2"] if run.endswith("drop") else 0.0
     parts = {"PART_DROPOUT": dropout, "PART_DROPOUT_STAGE_2": dropout, "USE_SOFT_MASKS": "softmask" in run}
     model = two_stage(library, tmp_path, **parts).train()
     output = model(vectors["image"], noise=noise_of(vectors, run))

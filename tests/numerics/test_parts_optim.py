@@ -10,30 +10,73 @@ import pytest
 import torch
 
 from tests.numerics.part_vectors import Vectors, build, check_gradients, close, load, options, our_names
+from vissl_like.compat.ifam import translate
 from vissl_like.config.schema_model import GradClip, Loss, Optimizer, PartFactors, Schedule
 from vissl_like.losses.affine import Affine
 from vissl_like.models.parts import PartNoise
 from vissl_like.optim.clipping import clip_gradients
 from vissl_like.optim.groups import build_optimizer, set_rates
-from vissl_like.optim.part_groups import make_part_groups
+from vissl_like.optim.part_groups import lr_factors, make_part_groups
 from vissl_like.optim.scaling import normalized_weight_decay
 from vissl_like.optim.schedules import Rates
 from vissl_like.tasks.parts import Parts
 
 RECORDED, STEP = Vectors("parts_optim"), Vectors("parts_train_step")
-TRUNK = {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": {"embed_dim": 48, "depth": 2, "num_heads": 4}}
-LR = 2.828e-6
-FACTORS = PartFactors(SCRATCH_LR_FACTOR=1e4, MODULATION_LR_FACTOR=1e4, FINER_LR_FACTOR=1e3)
+#: What iFAM's commands say of learning rates; the recorded schedules are all of them.
+ROLES_OF_GROUPS = (
+    "backbone", "backbone", "tokens_2", "backbone_2", "backbone_2", "prototypes", "prototypes", "modulation",
+    "head", "head", "head_2", "head_2",
+)  # fmt: skip
+BASE = "--lr 2.828e-6 --scratch_lr_factor 1e4 --modulation_lr_factor 1e4 --finer_lr_factor 1e3 "
 
 
-def two_stage(**parts: Any) -> Any:
-    return build("two_stage", options(TRUNK, {"NUM_PARTS": 4, **parts}), num_classes=6, image_size=56)
+def sizes() -> dict[str, Any]:
+    """The backbone of which the groups were recorded."""
+    given = RECORDED.settings["model"]
+    options = {"embed_dim": given["dim"], "depth": given["depth"], "num_heads": given["heads"]}
+    registers = {"reg_tokens": RECORDED.settings["registers"]}
+    return {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": options | registers}
 
 
-def rates_of(model: Any, *, preset: str, names: list[str], decay: float, schedule: Schedule, epochs: int) -> Any:
-    """(learning rate, weight decay) of each recorded parameter in the first epoch; None where it is not trained."""
-    wanted = Optimizer(NAME="adamw", WEIGHT_DECAY=decay, PARTS=FACTORS, PARAM_GROUP_CONSTRUCTOR="parts")
-    groups = make_part_groups(model, wanted)
+def model_of(kind: str, flags: str) -> Any:
+    """The model of recorded size that is frozen as these flags of the original say."""
+    given = RECORDED.settings["model"]
+    below = "config.MODEL.PARTS.FREEZE"
+    frozen = {key.removeprefix("config.MODEL.PARTS."): on for key, on in said(flags).items() if key.startswith(below)}
+    wanted = options(sizes(), {"NUM_PARTS": given["K"], **frozen})
+    return build(kind, wanted, num_classes=given["classes"], image_size=tuple(given["img"]))
+
+
+def said(flags: str) -> dict[str, Any]:
+    """What `vissl-like translate ifam` makes of a command with these flags."""
+    script = "train_net_pdisco" if "freeze_params " in f"{flags} " else ""
+    return translate(f"--data_path CUB {flags}", script=script).overrides
+
+
+def optimizer_of(flags: str, *, weight_decay: float) -> tuple[Optimizer, Schedule]:
+    below = "config.OPTIMIZER."
+    values = {key.removeprefix(below): value for key, value in said(flags).items() if key.startswith(below)}
+    factors = {key.removeprefix("PARTS."): value for key, value in values.items() if key.startswith("PARTS.")}
+    start = "PARAM_SCHEDULERS.LR."
+    schedule = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    wanted = Optimizer(
+        NAME=values["NAME"], WEIGHT_DECAY=weight_decay, PARTS=PartFactors(**factors), PARAM_GROUP_CONSTRUCTOR="parts"
+    )
+    return wanted, Schedule(**schedule)
+
+
+def check_groups(kind: str, below: str, names: list[str], *, preset: str, flags: str, images: int, world: int) -> float:
+    """Rate and decay of each recorded parameter in the first epoch, and which are trained; returns the weight decay."""
+    given = said(flags)
+    epochs = given["config.OPTIMIZER.NUM_EPOCHS"]
+    decay = normalized_weight_decay(
+        given["config.OPTIMIZER.WEIGHT_DECAY"],
+        num_train=images,
+        global_batch=given["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA"] * world,
+        num_epochs=epochs,
+    )
+    wanted, schedule = optimizer_of(flags, weight_decay=decay)
+    groups = make_part_groups(model_of(kind, flags), wanted)
     optimizer = build_optimizer(groups, wanted)
     set_rates(optimizer, groups, Rates(lr=schedule, steps_per_epoch=1, num_epochs=epochs).at(0))
     of = {
@@ -41,50 +84,62 @@ def rates_of(model: Any, *, preset: str, names: list[str], decay: float, schedul
         for group, target in zip(groups, optimizer.param_groups)
         for name in group.names
     }
-    return [of.get(ours) for ours in our_names(names, preset=preset).values()]
-
-
-@pytest.mark.parametrize(("recipe", "batch", "epochs"), [("seed_cub", 16, 90), ("metashift_like", 32, 30)])
-def test_groups(recipe: str, batch: int, epochs: int) -> None:
-    about = RECORDED.settings["recipes"][recipe]
-    decay = normalized_weight_decay(
-        0.05, num_train=about["train_images"], global_batch=batch * about["world_size"], num_epochs=epochs
-    )
-    assert decay == pytest.approx(RECORDED.record["recipe_weight_decay"][recipe], rel=1e-9)
-    schedule = Schedule(NAME="timm_cosine", START_VALUE=LR)
-    names = RECORDED.record["param_names"]
-    found = rates_of(
-        two_stage(FREEZE_BACKBONE=True), preset="ifam", names=names, decay=decay, schedule=schedule, epochs=epochs
-    )
-    below = f"groups/{recipe}"
+    found = [of.get(ours) for ours in our_names(names, preset=preset).values()]
     trainable = RECORDED.arrays[f"{below}/trainable"]
     assert [value is not None for value in found] == trainable.tolist()
     rows = np.flatnonzero(trainable)
     ours = np.array([found[row] for row in rows])
     np.testing.assert_allclose(ours[:, 0], RECORDED.arrays[f"{below}/lr"][rows], rtol=1e-9)
     np.testing.assert_allclose(ours[:, 1], RECORDED.arrays[f"{below}/weight_decay"][rows], rtol=1e-9)
+    return decay
+
+
+@pytest.mark.parametrize("recipe", RECORDED.settings["recipes"])
+def test_groups(recipe: str) -> None:
+    """From the recorded command line on."""
+    about = RECORDED.settings["recipes"][recipe]
+    decay = check_groups(
+        "two_stage", f"groups/{recipe}", RECORDED.record["param_names"], preset="ifam",
+        flags=about["flags"], images=about["train_images"], world=about["world_size"],
+    )  # fmt: skip
+    assert decay == pytest.approx(RECORDED.record["recipe_weight_decay"][recipe], rel=1e-9)
 
 
 def test_groups_of_the_single_stage() -> None:
-    decay = normalized_weight_decay(0.01, num_train=5994, global_batch=32, num_epochs=28)
-    parts = {"NUM_PARTS": 4, "FREEZE_BACKBONE": True, "MODULATION_TYPE": "layer_norm"}
-    model = build("parts", options(TRUNK, parts), num_classes=6, image_size=56)
-    names = RECORDED.record["stage1_param_names"]
-    schedule = Schedule(NAME="timm_step", START_VALUE=1.414e-6)
-    found = rates_of(model, preset="pdiscoformer", names=names, decay=decay, schedule=schedule, epochs=28)
-    trainable = RECORDED.arrays["stage1_groups/trainable"]
-    assert [value is not None for value in found] == trainable.tolist()
-    rows = np.flatnonzero(trainable)
-    ours = np.array([found[row] for row in rows])
-    np.testing.assert_allclose(ours[:, 0], RECORDED.arrays["stage1_groups/lr"][rows], rtol=1e-9)
-    np.testing.assert_allclose(ours[:, 1], RECORDED.arrays["stage1_groups/weight_decay"][rows], rtol=1e-9)
+    about = RECORDED.record["stage1_recipe"]
+    check_groups(
+        "parts", "stage1_groups", RECORDED.record["stage1_param_names"], preset="pdiscoformer",
+        flags=about["flags"], images=about["train_images"], world=about["world_size"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("row", range(len(RECORDED.arrays["freeze/combos"])))
+def test_every_way_to_freeze(row: int) -> None:
+    on = RECORDED.arrays["freeze/combos"][row]
+    model = model_of(
+        "two_stage", " ".join(f"--{flag}" for flag, is_on in zip(RECORDED.record["freeze_flags"], on) if is_on)
+    )
+    check_trained(model, RECORDED.record["param_names"], RECORDED.arrays["freeze/trainable"][row], preset="ifam")
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_every_way_to_freeze_a_single_stage(row: int) -> None:
+    flags = " ".join(flag for flag, is_on in (("--freeze_backbone", row >= 2), ("--freeze_params", row % 2)) if is_on)
+    names, trained = RECORDED.record["stage1_param_names"], RECORDED.arrays["stage1_freeze/trainable"][row]
+    check_trained(model_of("parts", flags), names, trained, preset="pdiscoformer")
+
+
+def check_trained(model: Any, names: list[str], trained: np.ndarray, *, preset: str) -> None:
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ours = our_names(names, preset=preset)
+    assert found == {ours[name] for name, is_trained in zip(names, trained) if is_trained}
 
 
 @pytest.mark.parametrize(("kind", "query"), [("ep", "heads.pool.queries"), ("aim", "heads.pool.query"), ("cls", "")])
 def test_queries_of_a_pooling_do_not_decay(kind: str, query: str) -> None:
     """The matrices of the head do; its vectors and the queries do not."""
-    trunk = TRUNK | {"OPTIONS": {"embed_dim": 96, "depth": 1, "num_heads": 4}}
-    model = build("pooled", options(trunk, {"POOLING_TYPE": kind}), num_classes=6, image_size=56)
+    trunk = sizes() | {"OPTIONS": {"embed_dim": 96, "depth": 1, "num_heads": 4}}
+    model = build("pooled", options(trunk, {"POOLING_TYPE": kind}), num_classes=6, image_size=(56, 56))
     decay = {
         name: group.weight_decay
         for group in make_part_groups(model, Optimizer(WEIGHT_DECAY=0.05))
@@ -96,23 +151,15 @@ def test_queries_of_a_pooling_do_not_decay(kind: str, query: str) -> None:
     assert decay == {name: 0.05 if name in matrices - {query} else 0.0 for name in decay}
 
 
-SCHEDULES = {
-    "cosine_seed": {"NAME": "timm_cosine"},
-    "cosine_warmup": {"NAME": "timm_cosine", "WARMUP_EPOCHS": 5},
-    "linear": {"NAME": "timm_linear"},
-    "linear_warmup": {"NAME": "timm_linear", "WARMUP_EPOCHS": 3},
-    "step": {"NAME": "timm_step", "GAMMA": 0.5, "STEP_EPOCHS": 4},
-    "step_default": {"NAME": "timm_step"},
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", RECORDED.record["schedules"])
 def test_schedules(name: str) -> None:
-    """Every epoch of every group; the last recorded row is what is left after the training."""
-    epochs = RECORDED.record["schedules"][name]["epochs"]
-    recorded = RECORDED.arrays[f"schedule/{name}"]
-    rates = Rates(lr=Schedule(START_VALUE=LR, **SCHEDULES[name]), steps_per_epoch=3, num_epochs=epochs)
-    factors = np.array([1, 1, 1, 1, 1, 1e3, 1e3, 1e4, 1e4, 1e4, 1e4, 1e4])
+    """Every epoch of every group, from the recorded flags on; the last recorded row is what is left after the training."""
+    about = RECORDED.record["schedules"][name]
+    epochs, recorded = about["epochs"], RECORDED.arrays[f"schedule/{name}"]
+    options, schedule = optimizer_of(f"{BASE} --epochs {epochs} {about['flags']}", weight_decay=0.0)
+    rates = Rates(lr=schedule, steps_per_epoch=3, num_epochs=epochs)
+    by_role = lr_factors(options)
+    factors = np.array([by_role[role] for role in ROLES_OF_GROUPS])
     for epoch in range(epochs):
         found = rates.at(3 * epoch + 1)
         np.testing.assert_allclose(found.lr * factors + found.lr_floor, recorded[epoch], rtol=1e-9, atol=1e-18)
@@ -132,6 +179,7 @@ def test_least_rate_and_first_rate_are_those_of_every_group() -> None:
 # ------------------------------------------------------------------------------------------------------ one whole step
 TERMS = {
     "loss_classification_train": "loss_classification",
+    "loss_conc_train": "loss_conc",
     "loss_presence_train": "loss_presence",
     "loss_orth_train": "loss_orth",
     "loss_equiv_train": "loss_equiv",
@@ -142,22 +190,55 @@ TERMS = {
     "loss_classification_stage_1": "loss_classification_stage_1",
 }
 #: Where the original's trainer differs from ours, its way: see docs/parts.md.
-AS_RECORDED = {"SHARED_GUMBEL": False, "FREEZE_BACKBONE": True}
 LOSS_AS_RECORDED = {"ORTHOGONALITY_TRANSPOSED": True, "EQUIVARIANCE_WARP": "nearest_two_step"}
+#: Recorded names of the weights of the terms.
+WEIGHTS = {
+    "cls1": "CLASSIFICATION_LOSS", "cls2": "CLASSIFICATION_LOSS_STAGE_2", "presence": "PRESENCE_LOSS",
+    "equiv": "EQUIVARIANCE_LOSS", "tv": "TOTAL_VARIATION_LOSS", "ep": "ENFORCED_PRESENCE_LOSS",
+    "ent": "PIXEL_WISE_ENTROPY_LOSS", "orth": "ORTHOGONALITY_LOSS_LANDMARKS",
+}  # fmt: skip
+
+
+def step_model(folder: Path) -> Any:
+    given = STEP.settings
+    parts = {
+        "NUM_PARTS": given["K"], "SOFTMAX_TEMPERATURE": given["tau"], "SHARED_GUMBEL": False,
+        "PART_DROPOUT": given["dropout"], "PART_DROPOUT_STAGE_2": given["dropout2"],
+        **{flag.lstrip("-").upper(): True for flag in given["flags"]},
+    }  # fmt: skip
+    model = build("two_stage", options(STEP.trunk, parts), num_classes=STEP.num_classes, image_size=STEP.image_size)
+    load(model, STEP.below("sd/"), folder, preset="ifam")
+    return model.train()
+
+
+def step_loss() -> dict[str, Any]:
+    given = STEP.settings
+    return {
+        **LOSS_AS_RECORDED, **{WEIGHTS[name]: weight for name, weight in given["w"].items()},
+        "CONCENTRATION_LOSS": given["conc"], "CONCENTRATION_SQUARE": True, "SMOOTHING": given["smoothing"],
+        "PRESENCE_LOSS_TYPE": given["presence_type"], "PRESENCE_LOSS_BETA": given["beta"],
+        "ENFORCED_PRESENCE_LOSS_TYPE": given["ep_type"],
+    }  # fmt: skip
+
+
+def test_logits_of_the_training_step(tmp_path: Path) -> None:
+    with torch.no_grad():
+        found = step_model(tmp_path)(STEP["image"], noise=noise(0))
+    close(found.logits, STEP["logits_stage2"], "feature")
+    close(found.stage_one.logits, STEP["logits_stage1"], "feature")
 
 
 def test_one_training_step(tmp_path: Path) -> None:
     """Two forward passes, all losses, clipping, AdamW: losses, gradients and the new weights."""
-    model = two_stage(**AS_RECORDED)
-    load(model, STEP.below("sd/"), tmp_path, preset="ifam")
-    task = Parts(model.train(), loss=Loss.model_validate({"PARTS": LOSS_AS_RECORDED}), num_classes=6)
+    model = step_model(tmp_path)
+    task = Parts(model, loss=Loss.model_validate({"PARTS": step_loss()}), num_classes=STEP.num_classes)
     angle, x, y, scale = STEP["affine"].tolist()
     values = task(
-        {"data": STEP["image"], "label": STEP["label"], "index": torch.arange(3)},
+        {"data": STEP["image"], "label": STEP["label"], "index": torch.arange(len(STEP["label"]))},
         noise=noise(0), twin_noise=noise(2), affine=Affine(angle, x, y, scale),
     )  # fmt: skip
     for name, recorded in zip(STEP.record["loss_names"], STEP["losses"].tolist()):
-        if name in TERMS:
+        if TERMS[name] in values:
             assert values[TERMS[name]].item() == pytest.approx(recorded, rel=1e-5, abs=1e-6), name
         else:
             assert recorded == 0, name
@@ -166,14 +247,14 @@ def test_one_training_step(tmp_path: Path) -> None:
     parameters = dict(model.named_parameters())
     frozen = {names[name] for name in STEP.record["frozen"]}
     assert {name for name, parameter in parameters.items() if not parameter.requires_grad} == frozen
-    norm = clip_gradients(list(parameters.values()), GradClip(USE_GRAD_CLIP=True, MAX_NORM=2.0))
+    norm = clip_gradients(list(parameters.values()), GradClip(USE_GRAD_CLIP=True, MAX_NORM=STEP.settings["clip"]))
     close(norm, STEP["grad_norm"], "gradient")
-    factor = min(1.0, 2.0 / float(norm))
+    factor = min(1.0, STEP.settings["clip"] / float(norm))
     check_gradients(model, {name: value * factor for name, value in STEP.below("grad/").items()}, preset="ifam")
     wanted = Optimizer(
         NAME="adamw",
         WEIGHT_DECAY=STEP.settings["normalised_weight_decay"],
-        PARTS=FACTORS,
+        PARTS=PartFactors(SCRATCH_LR_FACTOR=1e4, MODULATION_LR_FACTOR=1e4, FINER_LR_FACTOR=1e3),
         PARAM_GROUP_CONSTRUCTOR="parts",
     )
     groups = make_part_groups(model, wanted)

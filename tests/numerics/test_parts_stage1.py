@@ -13,13 +13,13 @@ from vissl_like.models.parts import PartNoise, StageOne
 
 VECTORS = Vectors("parts_stage1")
 VARIANTS: dict[str, dict[str, Any]] = VECTORS.settings["variants"]
-TRUNK = {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": {"embed_dim": 48, "depth": 2, "num_heads": 4}}
 
 
 def model_of(variant: str, folder: Path) -> StageOne:
     recorded = VARIANTS[variant]
     parts = {
-        "NUM_PARTS": 4,
+        "NUM_PARTS": VECTORS.settings["K"],
+        "PART_DROPOUT": VECTORS.settings["dropout"],
         "MODULATION_TYPE": recorded["modulation_type"],
         "CLASSIFIER_TYPE": recorded["classifier_type"],
         "MODULATION_ORTH": recorded["modulation_orth"],
@@ -28,7 +28,9 @@ def model_of(variant: str, folder: Path) -> StageOne:
         "TEMPERATURE_NEEDS_GUMBEL": True,
         "EVAL_GUMBEL": True,
     }
-    model = build("parts", options(TRUNK, parts), num_classes=6, image_size=70)
+    model = build(
+        "parts", options(VECTORS.trunk, parts), num_classes=VECTORS.num_classes, image_size=VECTORS.image_size
+    )
     load(model, VECTORS.below("bb/") | VECTORS.below(f"{variant}/sd/"), folder, preset="pdiscoformer")
     return model
 

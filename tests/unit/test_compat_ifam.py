@@ -118,6 +118,15 @@ def test_the_table_says_of_every_flag_what_becomes_of_it() -> None:
     assert not rows["shear_x"].keys and "never applies" in rows["shear_x"].note
 
 
+def test_weights_of_each_script_have_names_of_their_own() -> None:
+    text = "--dataset cub --data_path CUB --eval_only --snapshot_dir runs/snapshot_best.pt"
+    found = {
+        script: ifam.translate(text, script=script).overrides["config.MODEL.WEIGHTS_INIT.PRESET"]
+        for script in ifam_flags.SCRIPTS
+    }
+    assert list(found.values()) == ["ifam", "pdiscoformer", "ifam_baseline", "ifam_decoupled"]
+
+
 def test_softmax_temperature_has_one_dash_or_two() -> None:
     for dashes in ("-", "--"):
         found = ifam.translate(f"train_net.py {dashes}softmax_temperature 0.5")

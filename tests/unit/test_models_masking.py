@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Model
+from vissl_like.core import parallel
 from vissl_like.models.masked_vit import Decoupled, MaskGradient, prune
 from vissl_like.models.part_zoo import build_part_model
 from vissl_like.models.two_stage import TwoStage, hard_mask, soft_mask, token_mask
@@ -154,6 +156,7 @@ def test_straight_through_moves_the_prototypes_and_nothing_else_changes(trunk: d
     logits, gradients, second = {}, {}, {}
     for kind in ("none", "straight_through"):
         model: TwoStage = build("two_stage", trunk, MASK_GRADIENT=kind).train()
+        model.check_input((3, 16, 16), key="config.DATA.TRAIN.TRANSFORMS")  # by way of the library's own forward pass
         torch.manual_seed(5)
         output = model(images())
         logits[kind] = output.logits
@@ -167,6 +170,23 @@ def test_straight_through_moves_the_prototypes_and_nothing_else_changes(trunk: d
     assert gradients["none"] is None
     moved = gradients["straight_through"]
     assert torch.isfinite(moved).all() and (moved.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("how", ["recompute", "recompute_and_compile"])
+def test_straight_through_where_blocks_are_computed_again(how: str) -> None:
+    """The second pass of a block has to see the soft mask as the first one did."""
+    gradients = []
+    for recompute in (False, True):
+        model: TwoStage = build("two_stage", VIT, MASK_GRADIENT="straight_through", GUMBEL_SOFTMAX=False).train()
+        if recompute:
+            machine = {} if how == "recompute" else {"COMPILE": "blocks", "COMPILE_BACKEND": "aot_eager"}
+            section = {"ACTIVATION_CHECKPOINTING": {"USE_ACTIVATION_CHECKPOINTING": True}}
+            parallel.arrange(model, Config.model_validate({"MODEL": section, "MACHINE": machine}))
+        torch.manual_seed(5)
+        F.cross_entropy(model(images()).logits, torch.tensor([0, 1, 2, 3])).backward()
+        gradients.append(model.heads["stage_1"].prototypes.weight.grad)
+    assert gradients[0] is not None and gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_straight_through_under_autocast_is_finite() -> None:
@@ -196,6 +216,17 @@ def test_removed_parts_become_background() -> None:
     assert hard_mask(soft_mask(maps, remove=[0]))[0, 0, 0].tolist() == [0, 1, 0, 0]
     assert hard_mask(soft_mask(maps, remove=[0, 1]))[0, 0, 0].tolist() == [0, 0, 0, 0]
     assert torch.isfinite(soft_mask(maps, remove=[0, 1])).all()
+
+
+def test_removed_parts_are_those_of_the_maps_that_are_shown() -> None:
+    """Where maps and mask have noise of their own, parts are taken out of the maps, as the original does."""
+    model: TwoStage = build("two_stage", VIT, SHARED_GUMBEL=False, EVAL_GUMBEL=True).eval()
+    with torch.no_grad():  # prototypes amid the features, so that all of them win somewhere
+        corners = model.trunk["stage_1"].maps(images())[0, :, ::3, ::3].flatten(1).T
+        model.heads["stage_1"].prototypes.weight.copy_(corners[:, :, None, None])
+        found = model(images(), remove=[1])
+    strongest = found.stage_one.maps.argmax(dim=1)
+    assert torch.equal(found.mask_hard[:, 0] > 0, (strongest == 0) | (strongest == 2))
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])

@@ -1,47 +1,21 @@
-"""Stage 1, backbones, baseline poolings and parameter roles: every switch, against formulas and other libraries."""
+"""Stage 1, backbones and baseline poolings: every switch, against formulas and other libraries."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from vissl_like.config.schema_model import FeatureEval, Model, WeightsInit
-from vissl_like.core.weights import load_initial_weights
-from vissl_like.core.weights_rules import rules_of
+from tests.part_models import HF, STEM, VIT, build, images, section
 from vissl_like.errors import ConfigError
-from vissl_like.models.part_groups import freeze, parameter_roles
-from vissl_like.models.part_zoo import PART_MODELS, build_part_model
+from vissl_like.models.part_zoo import PART_MODELS
 from vissl_like.models.parts import PartLayers, PartNoise
 from vissl_like.models.two_stage import leave_one_out
 
-ROLES = json.loads((Path(__file__).parents[1] / "data" / "parts_roles.json").read_text())
-VIT = {
-    "NAME": "timm/vit_tiny_patch16_224",
-    "OPTIONS": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "reg_tokens": 2, "no_embed_class": True},
-}
-STEM = {"NAME": "conv_stem", "OPTIONS": {"width": 16, "stem": [8, 16]}}
-HF = {
-    "NAME": "hf/dinov2",
-    "OPTIONS": {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 4, "image_size": 16},
-}
-
-
-def section(trunk: dict[str, Any], **parts: Any) -> Model:
-    return Model.model_validate({"TRUNK": trunk, "PARTS": {"NUM_PARTS": 3} | parts})
-
-
-def build(kind: str, trunk: dict[str, Any], *, size: int | tuple[int, int] = 16, **parts: Any) -> Any:
-    torch.manual_seed(0)
-    return build_part_model(kind, section(trunk, **parts), num_classes=5, image_size=size)
-
-
-def images(count: int = 2, size: tuple[int, int] = (16, 16)) -> Tensor:
-    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+#: Of a Swin transformer, whose maps have their channels last.
+SMALL = {"img_size": 16, "patch_size": 1, "window_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}
 
 
 def layers(*, num_parts: int = 3, width: int = 6, **parts: Any) -> PartLayers:
@@ -284,6 +258,22 @@ def test_stochastic_depth_reaches_each_stage() -> None:
     ("kind", "trunk", "parts", "message"),
     [
         ("parts", {"NAME": "raw_pixels"}, {}, "feature maps are not known"),
+        ("parts", {"NAME": "timm/swin_tiny_patch4_window7_224", "OPTIONS": SMALL}, {}, "feature maps are not known"),
+        (
+            "parts",
+            {"NAME": "timm/beit_base_patch16_224", "OPTIONS": {"img_size": 16, "depth": 2}},
+            {},
+            "feature maps are not known",
+        ),
+        ("parts", {"NAME": "timm/vit_small_r26_s32_224"}, {}, "a network that sees beyond"),
+        ("decoupled", {"NAME": "timm/vit_base_mci_224", "OPTIONS": {"depth": 2}}, {}, "a network that sees beyond"),
+        (
+            "decoupled",
+            VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": False}},
+            {},
+            "with a class token can be masked",
+        ),
+        ("pooled", VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": False}}, {}, "has no class token"),
         ("parts", {"NAME": "hf/vit"}, {}, "DINOv2 models only"),
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"patch_size": 5}}, {}, "not made of whole patches"),
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"img_size": 32}}, {}, "img_size=32"),
@@ -359,128 +349,9 @@ def test_cnns_keep_their_own_pooling(name: str) -> None:
         assert deep.trunk.backbone.layer4[-1].drop_path.drop_prob == pytest.approx(0.2)
 
 
-# --------------------------------------------------------------------------------------------------------------- roles
-GROUPS = {
-    "backbone": (0, 1), "tokens": (1,), "tokens_2": (2,), "backbone_2": (3, 4), "prototypes": (5,), "modulation": (7,),
-    "head": (8, 9), "head_2": (10, 11),
-}  # fmt: skip
-GROUPS_OF_ONE = {"backbone": (0, 1), "tokens": (1,), "prototypes": (2,), "modulation": (3,), "head": (4,)}
-LARGE = {"NAME": "timm/vit_base_patch14_reg4_dinov2", "OPTIONS": {"embed_dim": 48, "depth": 2, "num_heads": 4}}
-FLAGS = ("FREEZE_BACKBONE", "FREEZE_PARAMS_STAGE_1", "FREEZE_SECOND_STAGE", "FREEZE_PARAMS_STAGE_2")
-
-
-def named(preset: str, names: list[str]) -> list[str]:
-    rules = rules_of(WeightsInit(PRESET=preset))
-    return [rules.apply(name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("kind", "preset", "prefix", "groups"),
-    [("two_stage", "ifam", "", GROUPS), ("parts", "pdiscoformer", "stage1_", GROUPS_OF_ONE)],
-)
-def test_roles_are_the_groups_of_the_original(kind: str, preset: str, prefix: str, groups: dict[str, Any]) -> None:
-    roles = parameter_roles(build(kind, LARGE, size=56, NUM_PARTS=4))
-    names = named(preset, ROLES[f"{prefix}param_names"])
-    assert sorted(names) == sorted(roles)
-    for name, group in zip(names, ROLES[f"{prefix}group"]):
-        assert group in groups[roles[name]], name
-
-
-@pytest.mark.parametrize("combo", range(16))
-def test_sixteen_ways_to_freeze(combo: int) -> None:
-    assert ROLES["freeze_flags"] == [flag.lower() for flag in FLAGS]
-    flags = {flag: bool(on) for flag, on in zip(FLAGS, ROLES["combos"][combo])}
-    model = build("two_stage", LARGE, size=56, NUM_PARTS=4, **flags)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = named("ifam", ROLES["param_names"])
-    assert trained == {name for name, bit in zip(names, ROLES["trainable"][combo]) if bit == "1"}
-
-
-@pytest.mark.parametrize("combo", range(4))
-def test_four_ways_to_freeze_one_stage(combo: int) -> None:
-    flags = {"FREEZE_BACKBONE": combo >= 2, "FREEZE_PARAMS_STAGE_1": combo % 2 == 1}
-    model = build("parts", LARGE, size=56, NUM_PARTS=4, **flags)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = named("pdiscoformer", ROLES["stage1_param_names"])
-    assert trained == {name for name, bit in zip(names, ROLES["stage1_trainable"][combo]) if bit == "1"}
-
-
-@pytest.mark.parametrize(("kind", "trunk"), [("decoupled", VIT), ("pooled", VIT), ("pooled", STEM)])
-def test_models_without_parts_freeze_all_but_the_head(kind: str, trunk: dict[str, Any]) -> None:
-    model = build(kind, trunk, FREEZE_BACKBONE=True, POOLING_TYPE="gap")
-    roles = parameter_roles(model)
-    assert set(roles.values()) <= {"backbone", "tokens", "head"}
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (roles[name] == "head") == name.startswith("heads.")
-
-
-def test_roles_go_by_module_not_by_name() -> None:
-    """A backbone whose own names contain head, modulation or cls_token stays a backbone."""
-    model = build("parts", VIT)
-    model.trunk.backbone.head_modulation = torch.nn.Linear(2, 2)
-    model.trunk.backbone.blocks[0].cls_token_mixer = torch.nn.Linear(2, 2)
-    roles = parameter_roles(model)
-    assert {roles[name] for name in roles if "head_modulation" in name or "mixer" in name} == {"backbone"}
-
-
-def test_frozen_batch_normalisation_keeps_its_statistics() -> None:
-    model = build("parts", {"NAME": "torchvision/resnet18"}, size=64, FREEZE_BACKBONE=True).train()
-    before = model.trunk.backbone.bn1.running_mean.clone()
-    model(images(2, (64, 64)))
-    assert torch.equal(model.trunk.backbone.bn1.running_mean, before)
-    model.trunk.requires_grad_(True)
-    model.train()(images(2, (64, 64)))
-    assert not torch.equal(model.trunk.backbone.bn1.running_mean, before)
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
-def load(model: torch.nn.Module, state: dict[str, Tensor], folder: Path, **weights: Any) -> Any:
-    torch.save(state, folder / "weights.pth")
-    wanted = WeightsInit(PARAMS_FILE=str(folder / "weights.pth"), **weights)
-    return load_initial_weights(model, wanted, feature_eval=FeatureEval())
-
-
-def test_one_backbone_fills_both_stages(tmp_path: Path) -> None:
-    """Also at another image size; the position tables are resampled in both."""
-    source = build("parts", VIT, size=16).trunk.backbone
-    model = build("two_stage", VIT, size=32)
-    report = load(model, source.state_dict(), tmp_path, APPEND_PREFIX="trunk._feature_blocks.", MIN_LOADED=1.0)
-    assert report.trunk.value == 1 and not report.heads.loaded
-    for stage in ("stage_1", "stage_2"):
-        backbone = model.trunk[stage].backbone
-        assert torch.equal(backbone.cls_token, source.cls_token)
-        assert torch.equal(backbone.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
-        assert backbone.pos_embed.shape[1] == 64
-    assert torch.equal(model.trunk["stage_1"].backbone.pos_embed, model.trunk["stage_2"].backbone.pos_embed)
-    assert "unexpected 0" in report.table()
-
-
-def test_a_single_stage_run_starts_two_stages(tmp_path: Path) -> None:
-    first = build("parts", VIT)
-    model = build("two_stage", VIT)
-    with torch.no_grad():
-        model.heads["stage_1"].prototypes.weight.zero_()
-    report = load(model, first.state_dict(), tmp_path, PRESET="parts_stage_one", MIN_LOADED=1.0)
-    assert report.trunk.value == 1
-    assert torch.equal(model.stage_one(images(), noise=None).part_dot, first(images()).part_dot)
-    assert torch.equal(model.trunk["stage_2"].backbone.cls_token, first.trunk.backbone.cls_token)
-
-
-def test_a_wrong_prefix_names_the_one_that_fills_both_stages(tmp_path: Path) -> None:
-    source = build("parts", VIT).trunk.backbone.state_dict()
-    with pytest.raises(Exception, match=r"APPEND_PREFIX=trunk\._feature_blocks\. would load 100\.0 %"):
-        load(build("two_stage", VIT), source, tmp_path)
-
-
+# ------------------------------------------------------------------------------------------------------- interventions
 def test_parts_to_leave_out() -> None:
     assert leave_one_out(3) == [(0,), (1,), (2,)]
     assert leave_one_out(3, fixed=[1]) == [(1, 0), (1, 2)]
     with pytest.raises(ConfigError, match="no part 7"):
         leave_one_out(3, fixed=[7])
-
-
-def test_freezing_twice_changes_nothing() -> None:
-    model = build("two_stage", VIT, FREEZE_BACKBONE=True)
-    before = [parameter.requires_grad for parameter in model.parameters()]
-    freeze(model, model.options)
-    assert [parameter.requires_grad for parameter in model.parameters()] == before

@@ -30,6 +30,8 @@ DATASETS = {
     "imagenet_r": "imagenet_r", "turtle_reid": "turtle_reid", "flowers102": "flowers102",
     "part_imagenet": "part_imagenet", "part_imagenet_ood": "part_imagenet",
 }  # fmt: skip
+#: Names of the weights that each script saves.
+_PRESETS = {TWO_STAGE: "ifam", SINGLE: "pdiscoformer", BASELINE: "ifam_baseline", DECOUPLED: "ifam_decoupled"}
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 _SIIM = {"mean": [0.48865] * 3, "std": [0.24621] * 3}
@@ -328,7 +330,7 @@ def _run(command: Command, result: Translation) -> None:
     if is_file:
         result.overrides |= {
             "config.MODEL.WEIGHTS_INIT.PARAMS_FILE": folder,
-            "config.MODEL.WEIGHTS_INIT.PRESET": "pdiscoformer" if command.script == SINGLE else "ifam",
+            "config.MODEL.WEIGHTS_INIT.PRESET": _PRESETS[command.script],
         }
     elif folder:
         seed = f"/{command['seed']}" if command["array_training_job"] and not command["resume_training"] else ""

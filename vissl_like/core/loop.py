@@ -34,7 +34,7 @@ from vissl_like.core.saving import Saver
 from vissl_like.errors import ConfigError, DataError, Stopped
 from vissl_like.models.ema import Ema
 from vissl_like.optim.clipping import clip_gradients
-from vissl_like.optim.groups import Group, load_state_by_name, set_rates, state_by_name
+from vissl_like.optim.groups import Group, load_state_by_name, rates_of_roles, set_rates, state_by_name
 from vissl_like.optim.schedules import Rates, StepRates
 from vissl_like.registry import suggest
 
@@ -294,6 +294,7 @@ class Training:
         line: dict[str, Any] = {"kind": "train", **self.place(), **dict(zip(values, means)), "lr": lr}
         if lr_head != lr:
             line["lr_head"] = lr_head
+        line |= rates_of_roles(self.optimizer, self.groups)
         if weight_decay is not None:
             line["weight_decay"] = weight_decay
         line |= {"images_per_s": images_per_s, "data_wait_share": data_wait_share}

@@ -90,7 +90,7 @@ def arrange(model: nn.Module, config: Config, *, inner: Iterable[str] = ()) -> N
             f"{key}: repeated blocks of config.MODEL.TRUNK.NAME={config.MODEL.TRUNK.NAME!r} {reason}. Leave it off."
         )
     for block in whole.values() if recompute else ():
-        _change_forward(block, _recomputed if how == "none" else _recomputed_in_program)
+        change_forward(block, _recomputed if how == "none" else _recomputed_in_program)
     if how != "none":
         _compile(model, whole.values(), how=how, backend=config.MACHINE.COMPILE_BACKEND, is_read=bool(inner))
     if is_to_be_sharded(config):
@@ -131,7 +131,7 @@ _changed: dict[tuple[type, Any], type] = {}
 _MADE_BY = "forward_made_by"
 
 
-def _change_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+def change_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> None:
     """Give a module the forward pass make(its own one). Modules of one class share the result."""
     kind = type(module)
     if (kind, make) not in _changed:
@@ -197,7 +197,7 @@ def _compile(model: nn.Module, parts: Iterable[nn.Module], *, how: str, backend:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     make = _programs.setdefault(backend, lambda forward: torch.compile(forward, backend=backend))
     for part in [model] if how == "model" else parts:
-        _change_forward(part, make)
+        change_forward(part, make)
 
 
 #: How a forward pass is compiled, by backend.

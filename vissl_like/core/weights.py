@@ -37,7 +37,7 @@ from vissl_like.core.weights_plan import (
     prefix_tokens,
     suggest_rules,
 )
-from vissl_like.core.weights_rules import BLOCKS, HEADS, KEY, TRUNK, KeyRules, rules_of, state_dict_key
+from vissl_like.core.weights_rules import BLOCKS, HEADS, KEY, TRUNK, KeyRules, find_preset, rules_of, state_dict_key
 from vissl_like.errors import WeightsError
 
 __all__ = [
@@ -161,7 +161,7 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
             "", nothing.rows, nothing.trunk, nothing.heads, notes=note if frozen and has_parameters else ()
         )
     unpickle = _unpickle if options.ALLOW_UNSAFE else None
-    file = open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), unpickle=unpickle)
+    file = _divided(open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), unpickle=unpickle), options)
     rules = rules_of(options, default_append=BLOCKS if file.library else "")
     notes = list(file.notes)
     if file.is_classy and (rules.remove or rules.append):
@@ -178,6 +178,22 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
             state[row.model_key].copy_(_fitted(tensors[row.file_key], row, grid=loading.grids.get(row.model_key)))
     rows = plan.rows if tensors is file.tensors else _original_names(plan.rows, tensors, file.tensors)
     return WeightsReport(file.source, rows, plan.trunk, plan.heads, state_dict_path=file.path, notes=tuple(notes))
+
+
+def _divided(file: WeightsFile, options: WeightsInit) -> WeightsFile:
+    """The file with its tensors taken apart where the preset says that they hold several of the model's."""
+    preset = find_preset(options.PRESET)
+    if preset is None or not preset.divisions:
+        return file
+    names = {key: preset.parts_of(key) for key in file.tensors}
+    tensors = {
+        name: part
+        for key, value in file.tensors.items()
+        for name, part in zip(names[key], value.chunk(len(names[key])) if len(names[key]) > 1 else [value])
+    }
+    count = sum(len(parts) > 1 for parts in names.values())
+    notes = (f"{count} tensors were taken apart into {count + len(tensors) - len(names)}",) if count else ()
+    return replace(file, tensors=tensors, notes=(*file.notes, *notes))
 
 
 def saved_head_shapes(options: WeightsInit) -> dict[str, Shape]:

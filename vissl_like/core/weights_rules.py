@@ -71,6 +71,15 @@ class Preset:
     doc: str
     rules: KeyRules
     state_dict_key: str | None = None
+    #: Patterns of tensors that hold several of the model's, and what the pattern becomes in the name of each.
+    divisions: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def parts_of(self, key: str) -> list[str]:
+        """Names of the equal parts, along the first axis, of a tensor of the file; of most the tensor itself."""
+        for pattern, replacements in self.divisions:
+            if re.search(pattern, key):
+                return [re.sub(pattern, replacement, key) for replacement in replacements]
+        return [key]
 
 
 @lru_cache(maxsize=1)
@@ -86,7 +95,10 @@ def _preset(name: str, table: Mapping[str, Any]) -> Preset:
         remove=table.get("remove_prefix", ""),
         append=table.get("append_prefix", ""),
     )
-    return Preset(name=name, doc=table["doc"], rules=rules, state_dict_key=table.get("state_dict_key"))
+    divisions = tuple((pattern, tuple(names)) for pattern, names in table.get("divide", []))
+    return Preset(
+        name=name, doc=table["doc"], rules=rules, state_dict_key=table.get("state_dict_key"), divisions=divisions
+    )
 
 
 def preset_names() -> list[str]:

@@ -114,9 +114,10 @@ class _Evaluation:
                 f"config.EVALUATE_PARTS.PROTOCOLS: {min(others)} has no masks for config.MODEL.NAME='decoupled'. Leave it "
                 "out, or use another model."
             )
-        if self.annotated and not isinstance(self.model, StageOne | TwoStage):
+        of_maps = [name for name in self.options.PROTOCOLS if name in PROTOCOLS or name == "thresholds"]
+        if of_maps and not isinstance(self.model, StageOne | TwoStage):
             raise ConfigError(
-                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, which {self.annotated[0]} of "
+                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, which {of_maps[0]} of "
                 "config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out, or use parts or two_stage."
             )
         train.start_weights(self.model, config, run_dir)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vissl_like.config.schema_parts import PartsModel
+from vissl_like.core.parallel import Forward, change_forward
 from vissl_like.errors import ConfigError
 from vissl_like.losses.parts import exact, full
 from vissl_like.models.part_backbones import NAME_KEY, OPTIONS_KEY, MapTrunk, TokenTrunk
@@ -59,16 +60,25 @@ class MaskedHead(nn.Module):
 
 
 class MeanHead(nn.Module):
-    """Mean token (B, D) -> logits (B, C): a linear layer with bias, for late masking."""
+    """A pooled feature (B, D) -> logits (B, C): a linear layer with bias, for late masking and CNNs.
+
+    State keys: classifier.*.
+    """
 
     def __init__(self, width: int, *, num_classes: int) -> None:
         super().__init__()
-        self.classifier = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(self.classifier.weight, std=LINEAR_STD)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = new_classifier(width, num_classes)
 
     def forward(self, token: Tensor) -> Tensor:
         return self.classifier(token)
+
+
+def new_classifier(width: int, num_classes: int) -> nn.Linear:
+    """A linear layer with bias, truncated normal weights."""
+    layer = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def masked_logits(
@@ -93,8 +103,7 @@ def masked_token(trunk: TokenTrunk, prefix: Tensor, images: Tensor, mask: TokenM
     if not has_gradient:
         return trunk.encode(tokens, keys)[:, 0]
     soft = torch.cat([before.to(mask.soft.dtype), mask.soft], dim=1)[:, None, None, :]
-    with MaskGradient(keys, soft):
-        return trunk.encode(tokens, keys)[:, 0]
+    return trunk.encode(tokens, keys, soft=soft)[:, 0]
 
 
 def prune(tokens: Tensor, hard: Tensor, *, num_prefix: int) -> tuple[Tensor, Tensor]:
@@ -139,10 +148,30 @@ class MaskGradient(TorchFunctionMode):
         return output + slope.to(output.dtype)
 
 
+def give_mask_gradient(trunk: TokenTrunk) -> None:
+    """Let the blocks take, beside their mask, the soft one that gets a gradient.
+
+    Each block by itself, so that it does the same when it is compiled, or computed again in the backward pass.
+    """
+    for block in trunk.face.blocks(trunk.backbone):
+        change_forward(block, _with_mask_gradient)
+
+
+def _with_mask_gradient(forward: Forward) -> Forward:
+    def run(self: nn.Module, *arguments: Any, soft: Tensor | None = None, **named: Any) -> Any:
+        if soft is None:
+            return forward(self, *arguments, **named)
+        (hard,) = named.values()
+        with MaskGradient(hard, soft):
+            return forward(self, *arguments, **named)
+
+    return run
+
+
 def check_masked(trunk: MapTrunk | TokenTrunk, options: PartsModel) -> TokenTrunk:
     """The trunk, if it can be masked; ConfigError if not, or if the options of masks do not fit together."""
     name = trunk.adapter.name
-    if not isinstance(trunk, TokenTrunk) or trunk.num_prefix == 0:
+    if not isinstance(trunk, TokenTrunk) or not trunk.has_class_token:
         raise ConfigError(
             f"{NAME_KEY}={name!r}: only a Vision Transformer with a class token can be masked. Set"
             " config.MODEL.PARTS.STAGE_TWO_TRUNK.NAME (two_stage) or config.MODEL.TRUNK.NAME to timm/vit_... or hf/dinov2."

@@ -43,8 +43,12 @@ class MapTrunk(Trunk):
         return torch.cat([functional.interpolate(last, size=size, mode="bilinear", align_corners=False), before], 1)
 
     def _width(self, image_size: int | tuple[int, int] | None) -> int:
-        layers = self.stages or ("flatten",)
-        return sum(shape[0] for shape in self.feature_shapes(layers, image_size=image_size).values())
+        shapes = self.feature_shapes(self.stages or ("flatten",), image_size=image_size)
+        channels = {item["module"]: item["num_chs"] for item in getattr(self.backbone, "feature_info", [])}
+        for stage in self.stages:
+            if len(shapes[stage]) != 3 or shapes[stage][0] != channels.get(stage, shapes[stage][0]):
+                raise _unknown_maps(self.adapter.name)  # tokens, or channels last
+        return sum(shape[0] for shape in shapes.values())
 
     def train(self, mode: bool = True) -> MapTrunk:
         """As usual, but batch normalisation that is frozen keeps its running statistics."""
@@ -69,9 +73,13 @@ def _last_two_stages(backbone: nn.Module, adapter: Adapter) -> tuple[str, ...]:
         return tuple(info[-2:])
     if adapter.library == "torchvision" and len(getattr(backbone, "features", ())) == 8:
         return ("features.5", "features.7")
-    raise ConfigError(
-        f"{NAME_KEY}={adapter.name!r}: its feature maps are not known. Part discovery takes timm's and transformers'"
-        " Vision Transformers (timm/vit_..., hf/dinov2), ResNets, ConvNeXts and timm's CNNs, and conv_stem."
+    raise _unknown_maps(adapter.name)
+
+
+def _unknown_maps(name: str) -> ConfigError:
+    return ConfigError(
+        f"{NAME_KEY}={name!r}: its feature maps are not known. Part discovery takes timm's and transformers' plain Vision"
+        " Transformers (timm/vit_..., hf/dinov2), ResNets, ConvNeXts and timm's CNNs, and conv_stem."
     )
 
 
@@ -82,11 +90,12 @@ class TokenFace:
     #: Images -> tokens (B, P+n, D) with positions.
     embed: Callable[[Any, Tensor], Tensor]
     blocks: Callable[[Any], nn.ModuleList]
-    #: A block, tokens and the mask over keys -> tokens.
-    run: Callable[[Any, Tensor, Tensor | None], Tensor]
+    #: A block, tokens, the mask over keys, and what else a changed block takes -> tokens.
+    run: Callable[..., Tensor]
     norm: Callable[[Any], nn.Module]
     #: The patch embedding.
     projection: Callable[[Any], Any]
+    #: Class token, registers and position table.
     tokens: Callable[[Any], list[nn.Parameter | None]]
     num_prefix: Callable[[Any], int]
 
@@ -99,7 +108,7 @@ def _timm_embed(backbone: Any, images: Tensor) -> Tensor:
 TIMM = TokenFace(
     embed=_timm_embed,
     blocks=lambda backbone: backbone.blocks,
-    run=lambda block, tokens, mask: block(tokens, attn_mask=mask),
+    run=lambda block, tokens, mask, **more: block(tokens, attn_mask=mask, **more),
     norm=lambda backbone: backbone.norm,
     projection=lambda backbone: backbone.patch_embed.proj,
     tokens=lambda backbone: [backbone.cls_token, backbone.reg_token, backbone.pos_embed],
@@ -121,7 +130,7 @@ def _hf_num_prefix(backbone: Any) -> int:
 HF = TokenFace(
     embed=lambda backbone, images: backbone.embeddings(images),
     blocks=lambda backbone: backbone.encoder.layer,
-    run=lambda block, tokens, mask: block(tokens, attention_mask=mask),
+    run=lambda block, tokens, mask, **more: block(tokens, attention_mask=mask, **more),
     norm=lambda backbone: backbone.layernorm,
     projection=lambda backbone: backbone.embeddings.patch_embeddings.projection,
     tokens=_hf_tokens,
@@ -136,6 +145,8 @@ class TokenTrunk(Trunk):
         super().__init__(backbone, adapter)
         self.face = face
         self.num_prefix = face.num_prefix(backbone)
+        #: Whether the first token is a class token; some transformers have registers only.
+        self.has_class_token = face.tokens(backbone)[0] is not None
         projection = face.projection(backbone)
         self.patch_size: tuple[int, int] = tuple(projection.stride)
         #: Whether each token is made of its own pixels only.
@@ -150,13 +161,14 @@ class TokenTrunk(Trunk):
         """images (B, 3, H, W) -> tokens (B, P+n, D), positions added."""
         return self.face.embed(self.backbone, images)
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, mask: Tensor | None = None, **more: Tensor) -> Tensor:
         """tokens (B, N, D) -> tokens after all blocks and the last normalisation.
 
-        mask (B, 1, 1, N): keys that every query may see (bool), or what is added to their scores (float).
+        mask (B, 1, 1, N): keys that every query may see (bool), or what is added to their scores (float). more: for blocks
+        whose forward pass was changed (models/masked_vit.py).
         """
         for block in self.face.blocks(self.backbone):
-            tokens = self.face.run(block, tokens, mask)
+            tokens = self.face.run(block, tokens, mask, **more)
         return self.face.norm(self.backbone)(tokens)
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -206,6 +218,7 @@ def build_part_trunk(
 def _timm_trunk(
     section: TrunkSection, name: str, *, image_size: int | tuple[int, int] | None, drop_path: float, output_stride: int
 ) -> MapTrunk | TokenTrunk:
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     options: dict[str, Any] = {"global_pool": ""} | section.OPTIONS
@@ -223,7 +236,13 @@ def _timm_trunk(
         options = {"img_size": image_size} | options
     if options.get("patch_drop_rate"):
         raise ConfigError(f"{OPTIONS_KEY}.patch_drop_rate: part maps need all patches; leave it out.")
-    trunk = TokenTrunk(*libraries.build(section.NAME, options), TIMM)
+    backbone, adapter = libraries.build(section.NAME, options)
+    if not isinstance(backbone.patch_embed, PatchEmbed) or not isinstance(backbone.patch_embed.proj, nn.Conv2d):
+        raise ConfigError(
+            f"{NAME_KEY}={section.NAME!r}: its patches are made by a network that sees beyond them. Part discovery takes"
+            " Vision Transformers whose patch embedding is one convolution (timm/vit_small_patch14_reg4_dinov2, ...)."
+        )
+    trunk = TokenTrunk(backbone, adapter, TIMM)
     made_for = trunk.adapter.image_size
     if image_size is not None and made_for != _pair(image_size) and not trunk.backbone.dynamic_img_size:
         raise ConfigError(

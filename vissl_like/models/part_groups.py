@@ -9,16 +9,21 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from vissl_like.config.schema_parts import PartsModel
+from vissl_like.config.schema_parts import PartsLoss, PartsModel
 from vissl_like.models.masked_vit import Decoupled
 from vissl_like.models.part_backbones import MapTrunk, TokenTrunk
-from vissl_like.models.parts import PartLayers, StageOne
+from vissl_like.models.parts import PartLayers, PerPart, StageOne
 from vissl_like.models.pooled_vit import PooledModel
 from vissl_like.models.two_stage import TwoStage
 
 #: Backbone without tokens; class token, registers and positions; prototypes; modulation; classifier. _2: of stage 2.
 ROLES = ("backbone", "tokens", "prototypes", "modulation", "head", "backbone_2", "tokens_2", "head_2")
 PartModel = StageOne | TwoStage | Decoupled | PooledModel
+#: Terms of the loss that look at nothing but the maps.
+MAP_TERMS = (
+    "TOTAL_VARIATION_LOSS", "CONCENTRATION_LOSS", "ENFORCED_PRESENCE_LOSS", "BACKGROUND_AREA_LOSS", "PRESENCE_LOSS",
+    "PIXEL_WISE_ENTROPY_LOSS", "EQUIVARIANCE_LOSS",
+)  # fmt: skip
 
 
 def parameter_roles(model: PartModel) -> dict[str, str]:
@@ -81,3 +86,40 @@ def freeze(model: PartModel, options: PartsModel) -> None:
         if frozen.get(roles[name], False):
             parameter.requires_grad_(False)
     model.train(model.training)  # frozen batch normalisation goes to its running statistics
+
+
+def freeze_idle(model: PartModel, loss: PartsLoss) -> list[str]:
+    """Stop the training of what no term of the loss has a gradient for, and return its roles.
+
+    Such parameters would never change, and stop DistributedDataParallel.
+    """
+    if not isinstance(model, StageOne | TwoStage):
+        return []
+    reached = _reached(model, loss)
+    roles = parameter_roles(model)
+    idle = sorted({role for role in roles.values() if role not in reached})
+    for name, parameter in model.named_parameters():
+        if roles[name] in idle:
+            parameter.requires_grad_(False)
+    layers = model.heads["stage_1"] if isinstance(model, TwoStage) else model.heads
+    sees_background = loss.ORTHOGONALITY_LOSS_LANDMARKS and layers.options.MODULATION_ORTH
+    if isinstance(layers.modulation, PerPart) and not sees_background:
+        layers.modulation.layers[-1].requires_grad_(False)  # no class score is made of the background
+    model.train(model.training)
+    return idle
+
+
+def _reached(model: StageOne | TwoStage, loss: PartsLoss) -> set[str]:
+    """The roles that some term of the loss has a gradient for."""
+    is_double = isinstance(model, TwoStage)
+    options: PartsModel = model.options if is_double else model.heads.options
+    maps = {"backbone", "tokens", "prototypes"}
+    found = set(maps) if any(getattr(loss, term) for term in MAP_TERMS) else set()
+    if loss.ORTHOGONALITY_LOSS_LANDMARKS:
+        found |= maps | ({"modulation"} if options.MODULATION_ORTH else set())
+    if loss.CLASSIFICATION_LOSS:
+        found |= maps | {"modulation", "head"}
+    if is_double and loss.CLASSIFICATION_LOSS_STAGE_2:
+        mask_has_gradient = options.USE_SOFT_MASKS or options.MASK_GRADIENT != "none"
+        found |= {"backbone_2", "tokens_2", "head_2"} | (maps if mask_has_gradient else set())
+    return found

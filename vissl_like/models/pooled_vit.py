@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vissl_like.errors import ConfigError
+from vissl_like.models.masked_vit import MeanHead, new_classifier
 from vissl_like.models.part_backbones import NAME_KEY, TokenTrunk
 from vissl_like.models.part_inputs import PartInputs
 from vissl_like.models.parts import LINEAR_STD
@@ -98,27 +99,19 @@ class PoolingHead(nn.Module):
         return self.classifier(self.pool(patches))
 
 
-def new_classifier(width: int, num_classes: int) -> nn.Linear:
-    """A linear layer with bias, truncated normal weights."""
-    layer = nn.Linear(width, num_classes)
-    nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class PooledModel(PartInputs):
     """images (B, 3, H, W) -> logits (B, C). A CNN keeps its own pooling (gap). State keys: trunk._feature_blocks.*, heads.*."""
 
     def __init__(self, trunk: Trunk, *, kind: str, num_classes: int, width: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.heads: PoolingHead | nn.Linear
+        self.heads: PoolingHead | MeanHead
         if isinstance(trunk, TokenTrunk):
-            if trunk.num_prefix == 0 and kind in ("cls", "gap_cls"):
+            if not trunk.has_class_token and kind in ("cls", "gap_cls"):
                 raise ConfigError(f"{KEY}={kind!r}: {trunk.adapter.name} has no class token. Use gap, ep or aim.")
             self.heads = PoolingHead(width, kind=kind, num_prefix=trunk.num_prefix, num_classes=num_classes)
         elif kind == "gap":
-            self.heads = new_classifier(width, num_classes)
+            self.heads = MeanHead(width, num_classes=num_classes)
         else:
             raise ConfigError(
                 f"{KEY}={kind!r}: {NAME_KEY}={trunk.adapter.name!r} has no tokens; its own pooling is the only one. Use gap."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vissl_like.config.schema_parts import PartsModel
 from vissl_like.errors import ConfigError
-from vissl_like.models.masked_vit import MaskedHead, TokenMask, check_masked, masked_logits
+from vissl_like.models.masked_vit import MaskedHead, TokenMask, check_masked, give_mask_gradient, masked_logits
 from vissl_like.models.part_backbones import MapTrunk, TokenTrunk
 from vissl_like.models.part_inputs import PartInputs
 from vissl_like.models.parts import NO_NOISE, PartLayers, PartNoise, PartsOutput
@@ -88,6 +88,8 @@ class TwoStage(PartInputs):
         if options.LATE_MASKING:
             raise ConfigError("config.MODEL.PARTS.LATE_MASKING=True: the decoupled model alone has it; set false.")
         check_parts(options.REMOVE_PARTS, num_parts=options.NUM_PARTS)
+        if options.MASK_GRADIENT != "none":
+            give_mask_gradient(stage_2)
         self.options = options
         head = MaskedHead(stage_2.width, num_classes=num_classes, num_prefix=stage_2.num_prefix)
         layers = PartLayers(stage_1.width, options, num_classes=num_classes)
@@ -108,9 +110,10 @@ class TwoStage(PartInputs):
         twin: transformed images (B, 3, H, W) for the equivariance loss, on which stage 1 alone runs in the same pass.
         """
         found = self.stage_one(images, noise=noise)
-        maps = self.heads["stage_1"].mask_maps(found, noise=noise or NO_NOISE)
         gone = () if self.training else self.options.REMOVE_PARTS if remove is None else remove
         check_parts(gone, num_parts=self.options.NUM_PARTS)
+        # Parts are taken out of the maps themselves, never of others with noise of their own (SHARED_GUMBEL=false).
+        maps = found.maps if len(gone) else self.heads["stage_1"].mask_maps(found, noise=noise or NO_NOISE)
         soft = soft_mask(maps, remove=gone)
         hard = hard_mask(soft.detach())
         return TwoStageOutput(

@@ -257,6 +257,13 @@ def set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], rates: 
             target["weight_decay"] = rates.weight_decay
 
 
+def rates_of_roles(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, float]:
+    """{"lr_prototypes": ...}: the learning rates in force, where there are more roles than trunk and head."""
+    if {group.role for group in groups} <= {"trunk", "head"}:
+        return {}
+    return {f"lr_{group.role}": target["lr"] for group, target in zip(groups, optimizer.param_groups)}
+
+
 def state_by_name(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, Any]:
     """The optimizer's state under the parameters' names: it does not depend on how they are grouped."""
     return {

@@ -24,6 +24,7 @@ from vissl_like.losses import affine as affine_maps
 from vissl_like.losses import parts as losses
 from vissl_like.losses.affine import Affine
 from vissl_like.models.masked_vit import Decoupled
+from vissl_like.models.part_groups import freeze_idle
 from vissl_like.models.parts import PartNoise, PartsOutput, StageOne
 from vissl_like.models.two_stage import TwoStage, TwoStageOutput
 from vissl_like.outputs.part_figures import Drawing
@@ -75,6 +76,7 @@ class Parts(nn.Module):
     def build(cls, model: nn.Module, request: TaskRequest) -> Parts:
         """The task of a run."""
         assert request.num_classes is not None
+        _train_what_learns(model, request.loss.PARTS)
         mix = make_mix(request.mix, num_classes=request.num_classes, smoothing=request.loss.PARTS.SMOOTHING)
         if mix is not None and isinstance(model, Decoupled):
             raise ConfigError("config.DATA.MIX: images are mixed, their masks are not; leave it off with given masks.")
@@ -193,6 +195,20 @@ class Parts(nn.Module):
         for of_rank in states:
             for counts, state in zip(self.trained, of_rank):
                 counts.add_state(dict(state))
+
+
+def _train_what_learns(model: nn.Module, options: PartsLoss) -> None:
+    """Freeze what no term of the loss has a gradient for; ConfigError if there is no term at all."""
+    is_alone = not isinstance(model, StageOne | TwoStage)
+    idle = [] if is_alone else freeze_idle(model, options)
+    if (is_alone and not options.CLASSIFICATION_LOSS_STAGE_2) or not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "config.LOSS.PARTS: every term that this model has is of weight 0 (or all that it reaches is frozen, "
+            "config.MODEL.PARTS.FREEZE_*): there is nothing to learn. Set "
+            f"config.LOSS.PARTS.CLASSIFICATION_LOSS{'' if isinstance(model, StageOne) else '_STAGE_2'}=1."
+        )
+    if idle:
+        log.info("not trained, since no term of config.LOSS.PARTS has a gradient for it: %s", ", ".join(idle))
 
 
 def predicted(output: TwoStageOutput | PartsOutput | Tensor) -> Predicted:
