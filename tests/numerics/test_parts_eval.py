@@ -45,7 +45,7 @@ def test_pixel_wise_clusters() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=60))
 def test_scores_of_a_table_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     found, annotated = np.array(pairs).T
     table = np.zeros((4, 5), dtype=np.int64)
@@ -94,6 +94,30 @@ def test_regression_without_a_visible_keypoint_is_no_number() -> None:
     spots, none = np.zeros((4, 1, 2)), np.zeros((4, 1), dtype=bool)
     blind = part_metrics.Centres(spots, none, spots, none)
     assert np.isnan(part_metrics.keypoint_regression(blind, blind)["keypoint_error"])
+
+
+def test_a_keypoint_that_was_seen_once_is_expected_where_it_was() -> None:
+    random = np.random.default_rng(1)
+    spots, all_true = random.normal(size=(5, 2, 2)), np.ones((5, 2), dtype=bool)
+    once = all_true.copy()
+    once[1:, 1] = False
+    fit = part_metrics.Centres(spots, all_true, spots, once)
+    asked = part_metrics.Centres(spots, all_true, spots, np.array([[False, True]] * 5))
+    expected = np.linalg.norm(spots[:, 1] - spots[0, 1], axis=1).mean() * 100
+    found = part_metrics.keypoint_regression(fit, asked)
+    assert found["keypoint_error"] == pytest.approx(expected)
+    assert found["keypoint_error_of_mean"] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_empty_masks_and_empty_foregrounds() -> None:
+    background = torch.tensor([0.0, 1.0])[None, :, None, None].expand(2, 2, 3, 5)
+    none, every = torch.zeros(2, 7, 4, dtype=torch.bool), torch.ones(2, 7, 4, dtype=torch.bool)
+    empty = part_metrics.foreground_overlap(part_metrics.overlap_counts(background, none))
+    assert np.isnan(empty["foreground_iou"]) and np.isnan(empty["foreground_iou_per_image"])
+    assert empty["background_iou"] == 100
+    missed = part_metrics.foreground_overlap(part_metrics.overlap_counts(background, every))
+    assert missed["foreground_iou"] == missed["foreground_iou_per_image"] == missed["background_iou"] == 0
 
 
 def test_foreground() -> None:

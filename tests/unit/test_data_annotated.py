@@ -175,6 +175,20 @@ def change(file: Path, line: int, text: str | None) -> None:
         ("parts/part_locs.txt", 7, "77 7 3 3 1", r"part_locs.txt, line 7: image_id 77 is not in images.txt"),
         ("parts/part_locs.txt", 7, "1 6 3 3 1", r"part_locs.txt, line 7: part 6 of image 1 stands there a second"),
         ("classes.txt", 2, None, r"classes.txt: has no line for class_id 2"),
+        ("images.txt", 2, "1 001.Plain_Toybird/a.png", r"images.txt, line 2: image_id 1 stands there a second time"),
+        (
+            "image_class_labels.txt",
+            3,
+            f"3 {10**30}",
+            r"image_class_labels.txt, line 3: class_id is '10+', .* too large",
+        ),
+        ("image_class_labels.txt", 3, "3 1_0", r"image_class_labels.txt, line 3: class_id is '1_0', .* whole number"),
+        (
+            "bounding_boxes.txt",
+            2,
+            "2 1.0 1.0 0 4",
+            r"bounding_boxes.txt, line 2: width and height of a box must be above",
+        ),
     ],
 )
 def test_a_damaged_file_names_its_line(cub: Path, name: str, line: int, text: str | None, message: str) -> None:
@@ -200,6 +214,22 @@ def test_an_empty_val_split_says_how_to_get_one(cub: Path) -> None:
         CubSource.build(request(cub, "VAL"))
     with pytest.raises(DataError, match="no such folder"):
         CubSource.build(request(cub / "nowhere"))
+
+
+def test_a_folder_without_test_images_is_said(cub: Path) -> None:
+    file = cub / "train_test_split.txt"
+    ids = [line.split()[0] for line in file.read_text().splitlines()]
+    for value, split, message in ((1, "TEST", "no test images"), (0, "TRAIN", "no training images")):
+        file.write_text("".join(f"{image} {value}\n" for image in ids))
+        with pytest.raises(DataError, match=f"train_test_split.txt: has {message}"):
+            CubSource.build(request(cub, split))
+
+
+def test_a_mark_of_utf_8_before_the_first_id_is_no_part_of_it(cub: Path) -> None:
+    file = cub / "images.txt"
+    ids = CubFolder(cub).ids
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert CubFolder(cub).ids == ids
 
 
 def test_nabirds_ids_are_words_and_class_numbers_have_gaps(cub: Path) -> None:
@@ -234,6 +264,24 @@ def test_damaged_metadata_names_its_line(tmp_path: Path, column: str, value: str
         writer.writeheader()
         writer.writerows(records)
     with pytest.raises(DataError, match=rf"metadata.csv, line 4: .*{message}"):
+        WaterbirdsSource(tmp_path, split="TRAIN")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"Toybird_0_0001", b"Toyb\xefrd_0_0001", "metadata.csv: is not text in UTF-8 .* Save it as UTF-8"),
+        (b",place,", b",plaice,", "metadata.csv, line 1: no column 'place'"),
+        (b"\r\n2,", b"\r\n\r\n2\r\n2,", "metadata.csv, line 4: the line ends before its img_filename"),
+    ],
+)
+def test_metadata_that_is_no_table(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    toybirds.write_waterbirds(tmp_path, counts=(2, 0, 0), size=24)
+    file = tmp_path / toybirds.WATERBIRDS / "metadata.csv"
+    with pytest.raises(DataError, match=r"has no image of TEST \(split 2\) of worst_case"):
+        WaterbirdsSource(tmp_path, split="TEST", subset="worst_case")
+    file.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(DataError, match=message):
         WaterbirdsSource(tmp_path, split="TRAIN")
 
 
@@ -361,6 +409,16 @@ def test_siim_acr_from_the_download_to_images(tmp_path: Path) -> None:
     assert build_dataset(data, "TRAIN", seed=0)[1]["data"].float().mean() == 10
 
 
+def test_images_without_a_file_are_left_out_of_siim_acr(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "train-rle.csv").write_text("ImageId, EncodedPixels\na, -1\nb, 5 3\nc, -1\n")
+    (tmp_path / "tubes.json").write_text('{"b": 1}')
+    with pytest.raises(DataError, match="no DICOM file of any image"):
+        prepare(tmp_path, tmp_path / "tubes.json", tmp_path / "out")
+    write_dicom(tmp_path / "dicom-images-train" / "x" / "y" / "a.dcm", 1)
+    assert prepare(tmp_path, tmp_path / "tubes.json", tmp_path / "out") == {"train_set": 1}
+    assert "2 images are listed without a DICOM file and left out, the first is 'b'" in caplog.text
+
+
 def test_masks_that_are_no_runs() -> None:
     for text in ("1 2 3", "1 -2", "2000000 5"):
         with pytest.raises(ValueError, match="pairs|ends at pixel"):
@@ -390,6 +448,8 @@ def test_the_command_line_draws_and_prepares(tmp_path: Path, capsys: pytest.Capt
     assert len(WaterbirdsSource(tmp_path / "toy", split="TRAIN")) == 800
     with pytest.raises(ConfigError, match="exists; name a new folder"):
         main(["toybirds", str(tmp_path / "toy")])
+    with pytest.raises(ConfigError, match="--size -5: a bird needs at least 16 pixels"):
+        main(["toybirds", str(tmp_path / "small"), "--size", "-5"])
     with pytest.raises(ConfigError, match="did you mean 'toybirds'"):
         main(["toybird", str(tmp_path)])
     with pytest.raises(ConfigError, match="required: TUBES, DST"):

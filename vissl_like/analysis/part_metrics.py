@@ -78,7 +78,7 @@ def adjusted_rand_index(table: np.ndarray) -> float:
     by_column = sum(value * (value - 1) // 2 for value in (sum(column) for column in zip(*counts)))
     all_pairs = total * (total - 1) // 2
     if all_pairs == 0:
-        return float("nan")
+        return 100.0 if total else float("nan")
     expected = by_row * by_column / all_pairs
     largest = (by_row + by_column) / 2
     return 100.0 if largest == expected else 100.0 * (pairs - expected) / (largest - expected)
@@ -132,12 +132,12 @@ def keypoint_regression(fit: Centres, test: Centres) -> dict[str, float]:
 
     keypoint_error: mean distance in percent of the box over all visible keypoints (lower is better); keypoint_pck: share
     in percent of those nearer than 0.1 of the box; keypoint_error_of_mean: what predicting each keypoint's mean gives.
-    Keypoints that are visible in fewer than two images of `fit` are left out.
+    Keypoints that are visible in no image of `fit` are left out.
     """
     errors, floor = [], []
     for number in range(fit.keypoints.shape[1]):
         seen, asked = fit.visible[:, number], test.visible[:, number]
-        if seen.sum() < 2 or not asked.any():
+        if not seen.any() or not asked.any():
             continue
         wanted = test.keypoints[asked, number]
         found = _regress(fit, test, seen=seen, asked=asked, number=number)
@@ -191,8 +191,12 @@ def foreground_overlap(counts: np.ndarray) -> dict[str, float]:
         "foreground_iou": _ratio(both, both + found + annotated),
         "background_iou": _ratio(neither, neither + found + annotated),
         "foreground_dice": _ratio(2 * both, 2 * both + found + annotated),
-        "foreground_iou_per_image": float(np.nanmean(per_image)) if per_image else float("nan"),
+        "foreground_iou_per_image": _mean([value for value in per_image if value == value]),
     }
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -6,7 +6,6 @@ whole data set, so that a number means the same in every split.
 
 from __future__ import annotations
 
-import csv
 import functools
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vissl_like.data.annotated import ImageFiles, required_folder
 from vissl_like.data.datasets import stratified_split
 from vissl_like.data.decode import Unreadable, read_image
 from vissl_like.data.source import SourceRequest
-from vissl_like.data.tables import Table, aligned, read_table
+from vissl_like.data.tables import Table, aligned, index_of, read_csv, read_table
 from vissl_like.errors import ConfigError, DataError
 
 WATERBIRDS = "waterbird_complete95_forest2water2"
@@ -32,23 +31,22 @@ class CubFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.images = read_table(root / "images.txt", image_id="s", path="r")
+        index_of(self.images, "image_id")  # an id that stands there twice is an error
         self.ids = [str(value) for value in self.images["image_id"]]
         self.paths = [str(value) for value in self.images["path"]]
-        classes = self._of_images("image_class_labels.txt", class_id="i")["class_id"]
-        self.class_ids, self.labels = np.unique(classes, return_inverse=True)
+        classes, rows = self._of_images("image_class_labels.txt", class_id="i")
+        self.class_ids, self.labels = np.unique(classes["class_id"][rows], return_inverse=True)
         self.is_train = self._split()
 
-    def _of_images(self, name: str, **fields: str) -> dict[str, np.ndarray]:
-        """Columns of a table with one line per image, in the order of images.txt."""
+    def _of_images(self, name: str, **fields: str) -> tuple[Table, np.ndarray]:
+        """A table with one line per image, and its rows in the order of images.txt."""
         table = read_table(self.root / name, image_id="s", **fields)
-        rows = aligned(table, "image_id", self.ids, of=self.images.file)
-        return {field: table[field][rows] for field in fields}
+        return table, aligned(table, "image_id", self.ids, of=self.images.file)
 
     def _split(self) -> np.ndarray:
-        table = read_table(self.root / "train_test_split.txt", image_id="s", is_train="i")
+        table, rows = self._of_images("train_test_split.txt", is_train="i")
         for row in np.flatnonzero(~np.isin(table["is_train"], (0, 1))):
             raise table.problem(int(row), f"is_train is {table['is_train'][row]}, not 1 (train) or 0 (test).")
-        rows = aligned(table, "image_id", self.ids, of=self.images.file)
         return table["is_train"][rows] == 1
 
     @functools.cached_property
@@ -67,8 +65,10 @@ class CubFolder:
     @functools.cached_property
     def boxes(self) -> np.ndarray:
         """float64 (N, 4): x, y, width, height in pixels of the original image."""
-        columns = self._of_images("bounding_boxes.txt", x="f", y="f", width="f", height="f")
-        return np.stack(list(columns.values()), axis=1)
+        table, rows = self._of_images("bounding_boxes.txt", x="f", y="f", width="f", height="f")
+        for row in np.flatnonzero((table["width"] <= 0) | (table["height"] <= 0)):
+            raise table.problem(int(row), "width and height of a box must be above 0.")
+        return np.stack([table[name][rows] for name in ("x", "y", "width", "height")], axis=1)
 
     @functools.cached_property
     def keypoint_names(self) -> list[str]:
@@ -146,6 +146,9 @@ class CubSource(ImageFiles):
     def build(cls, request: SourceRequest) -> CubSource:
         root = required_folder(request)
         folder = CubFolder(root)
+        for is_train, what in ((True, "training images (1)"), (False, "test images (0)")):
+            if is_train == (request.split != "TEST") and not (folder.is_train == is_train).any():
+                raise DataError(f"{root / 'train_test_split.txt'}: has no {what}.")
         rows = folder.rows(request.split, request.train_split)
         if not len(rows):
             raise ConfigError(
@@ -211,6 +214,9 @@ class WaterbirdsSource(ImageFiles):
         if subset:
             kept &= (y == place) == (subset == "best_case")
         rows = np.flatnonzero(kept)
+        if not len(rows):
+            what = f"{split} (split {_WATERBIRDS_SPLITS[split]})" + f" of {subset}" * bool(subset)
+            raise DataError(f"{root / image_folder / 'metadata.csv'}: has no image of {what}.")
         self.groups = (2 * y + place)[rows]
         self._mask_folder = mask_folder or "segmentations"
         self._names = [files[row] for row in rows]
@@ -235,30 +241,23 @@ class WaterbirdsSource(ImageFiles):
 
 def _metadata(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """y, place and split, int64 (N,), and the file names of metadata.csv. Raises DataError with the line."""
-    try:
-        with file.open(newline="", encoding="utf-8") as handle:
-            reader = csv.DictReader(handle)
-            absent = [name for name in _METADATA if name not in (reader.fieldnames or [])]
-            if absent:
-                raise DataError(f"{file}, line 1: no column {absent[0]!r}; expected {', '.join(_METADATA)}.")
-            records = list(reader)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). Waterbirds needs it.") from error
+    records = read_csv(file, needs=_METADATA)
     columns = {
         "y": _column(records, "y", allowed=(0, 1), file=file),
         "place": _column(records, "place", allowed=(0, 1), file=file),
         "split": _column(records, "split", allowed=(0, 1, 2), file=file),
     }
-    files = [record["img_filename"] for record in records]
-    for number, name in enumerate(files, 2):
-        if not (file.parent / name).is_file():
-            raise DataError(f"{file}, line {number}: {file.parent / name} is not there.")
-    return columns["y"], columns["place"], columns["split"], files
+    for line, record in records:
+        if not (file.parent / record["img_filename"]).is_file():
+            raise DataError(f"{file}, line {line}: {file.parent / record['img_filename']} is not there.")
+    return columns["y"], columns["place"], columns["split"], [record["img_filename"] for _, record in records]
 
 
-def _column(records: list[dict[str, str]], name: str, *, allowed: tuple[int, ...], file: Path) -> np.ndarray:
+def _column(
+    records: list[tuple[int, dict[str, str]]], name: str, *, allowed: tuple[int, ...], file: Path
+) -> np.ndarray:
     known = {str(value): value for value in allowed}
-    for number, record in enumerate(records, 2):
+    for line, record in records:
         if record[name] not in known:
-            raise DataError(f"{file}, line {number}: {name} is {record[name]!r}, not one of {', '.join(known)}.")
-    return np.array([known[record[name]] for record in records], dtype=np.int64)
+            raise DataError(f"{file}, line {line}: {name} is {record[name]!r}, not one of {', '.join(known)}.")
+    return np.array([known[record[name]] for _, record in records], dtype=np.int64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from PIL import Image
 from vissl_like.data.annotated import ImageFiles, required_folder
 from vissl_like.data.decode import Unreadable
 from vissl_like.data.source import SourceRequest
+from vissl_like.data.tables import read_csv
 from vissl_like.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 SIDE = 1024
 _FOLDERS = {"TRAIN": "train_set", "VAL": "full_test_set", "TEST": "full_test_set"}
@@ -115,19 +119,22 @@ def prepare(root: Path, tubes: Path, out: Path) -> dict[str, int]:
 
     `root` holds train-rle.csv and dicom-images-train/*/*/*.dcm; `tubes` says of each test image whether a chest tube
     can be seen: a JSON object, a CSV of id,0/1, or a pickle of {id: 0 or 1}. Robust test images are those where the
-    tube says the opposite of the class.
+    tube says the opposite of the class. Images that are listed without a DICOM file are left out, with a warning.
     """
     masks = read_masks(root / "train-rle.csv")
     files = {file.stem: file for file in sorted((root / "dicom-images-train").rglob("*.dcm"))}
     has_tube = read_tubes(tubes)
-    lost = [name for name in (*masks, *has_tube) if name not in files]
-    if lost:
-        raise DataError(f"{root / 'dicom-images-train'}: no DICOM file for {lost[0]!r} (and {len(lost) - 1} more).")
     unknown = [name for name in has_tube if name not in masks]
     if unknown:
         raise DataError(f"{root / 'train-rle.csv'}: no line for {unknown[0]!r}, which {tubes} names.")
+    lost = [name for name in masks if name not in files]
+    if len(lost) == len(masks):
+        raise DataError(f"{root / 'dicom-images-train'}: no DICOM file of any image of train-rle.csv.")
+    if lost:
+        log.warning("%s: %d images are listed without a DICOM file and left out, the first is %r",
+                    root / "train-rle.csv", len(lost), lost[0])  # fmt: skip
     counts: dict[str, int] = {}
-    for name, runs in masks.items():
+    for name, runs in ((name, runs) for name, runs in masks.items() if name in files):
         label = int(bool(runs))
         for folder in _folders_of(name, label, has_tube):
             target = out / folder / str(label)
@@ -154,18 +161,10 @@ def _mask_of(name: str, runs: list[str], root: Path) -> np.ndarray:
 
 def read_masks(file: Path) -> dict[str, list[str]]:
     """{image id: its masks; none for a healthy lung} of train-rle.csv (columns ImageId and EncodedPixels)."""
-    try:
-        with file.open(newline="", encoding="utf-8") as handle:
-            reader = csv.DictReader(handle, skipinitialspace=True)
-            names = {(name or "").strip(): name for name in reader.fieldnames or []}
-            if not {"ImageId", "EncodedPixels"} <= set(names):
-                raise DataError(f"{file}, line 1: expected the columns ImageId and EncodedPixels.")
-            found: dict[str, list[str]] = {}
-            for record in reader:
-                runs = (record[names["EncodedPixels"]] or "").strip()
-                found.setdefault(record[names["ImageId"]].strip(), []).extend([] if runs == "-1" else [runs])
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+    found: dict[str, list[str]] = {}
+    for _, record in read_csv(file, needs=("ImageId", "EncodedPixels")):
+        runs = record["EncodedPixels"]
+        found.setdefault(record["ImageId"], []).extend([] if runs == "-1" else [runs])
     return found
 
 

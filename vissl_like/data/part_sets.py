@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from vissl_like.data.annotated import ImageFiles, required_folder
 from vissl_like.data.decode import Unreadable, read_image
 from vissl_like.data.source import SourceRequest
+from vissl_like.data.tables import read_csv
 from vissl_like.errors import ConfigError, DataError
 
 _FLOWERS_SPLITS = {"TRAIN": "trnid", "VAL": "valid", "TEST": "tstid"}
@@ -169,14 +169,7 @@ class TurtleReidSource(ImageFiles):
 
     def __init__(self, root: Path, *, split: str, column: str = "split_closed", name: str = "turtle_reid") -> None:
         file = root / "metadata_base.csv"
-        try:
-            with file.open(newline="", encoding="utf-8") as handle:
-                records = list(csv.DictReader(handle))
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
-        lacking = [key for key in ("identity", "file_name", column) if not records or key not in records[0]]
-        if lacking:
-            raise DataError(f"{file}, line 1: no column {lacking[0]!r}.")
+        records = [record for _, record in read_csv(file, needs=("identity", "file_name", column))]
         identities = sorted({record["identity"] for record in records})
         kept = [record for record in records if record[column] == _TURTLE_SPLITS[split]]
         if not kept:

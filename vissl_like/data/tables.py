@@ -1,7 +1,8 @@
-"""Text tables of data sets: one record per line, fields separated by blanks. Every error names file and line."""
+"""Text tables of data sets: one record per line, fields separated by blanks or commas. Every error names file and line."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def read_table(file: Path, **fields: str) -> Table:
 
 def _records(file: Path, fields: dict[str, str]) -> Iterator[tuple[int, list[str]]]:
     try:
-        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}). This data set needs it.") from error
     has_rest = "r" in fields.values()
@@ -76,8 +77,10 @@ def _form(fields: dict[str, str]) -> str:
 
 def _value(word: str, kind: str, *, file: Path, line: int, name: str) -> object:
     try:
+        if kind in "if" and "_" in word:  # Python would read 1_000 as a number
+            raise ValueError(word)
         if kind == "i":
-            return int(word)
+            return int(np.int64(int(word)))
         if kind == "f":
             number = float(word)
             if math.isfinite(number):
@@ -85,7 +88,38 @@ def _value(word: str, kind: str, *, file: Path, line: int, name: str) -> object:
             raise ValueError(word)
     except ValueError:
         raise DataError(f"{file}, line {line}: {name} is {word!r}, which is not {_KINDS[kind]}.") from None
+    except OverflowError:
+        raise DataError(f"{file}, line {line}: {name} is {word[:40]!r}, which is too large.") from None
     return word
+
+
+def read_csv(file: Path, *, needs: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """Records of a CSV file whose first line names the columns: (number of the line, {column: text without blanks}).
+
+    Raises DataError for a file that cannot be read, a column of `needs` that is missing, and a line without its value.
+    """
+    found = []
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            absent = [name for name in needs if name not in reader.fieldnames]
+            if absent:
+                raise DataError(f"{file}, line 1: no column {absent[0]!r}; expected {', '.join(needs)}.")
+            for record in reader:
+                empty = [name for name in needs if record[name] is None]
+                if empty:
+                    raise DataError(f"{file}, line {reader.line_num}: the line ends before its {empty[0]}.")
+                found.append((reader.line_num, {name: str(record[name]).strip() for name in needs}))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). This data set needs it.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: is not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+    except csv.Error as error:
+        raise DataError(f"{file}: is not a CSV file ({error}).") from error
+    return found
 
 
 def index_of(table: Table, name: str, *, allow_repeats: bool = False) -> dict[str, int]:

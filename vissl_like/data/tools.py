@@ -11,6 +11,9 @@ from typing import NoReturn
 from vissl_like.errors import ConfigError
 from vissl_like.registry import suggest
 
+#: Below this many pixels a side the parts of a drawn bird can vanish.
+_SMALLEST_BIRD = 16
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -60,15 +63,19 @@ def _toy(words: list[str], *, which: str) -> int:
     parser = _Parser(prog=f"vissl-like data {which}", description=_WORDS[which])
     parser.add_argument("target", metavar="DST", help="the new folder")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other birds; default 0")
-    parser.add_argument("--size", type=int, default=0, help="side of the images in pixels; default 72")
+    parser.add_argument("--size", type=int, default=72, help="side of the images in pixels, at least 16; default 72")
     given = parser.parse_args(words[1:])
+    if given.size < _SMALLEST_BIRD:
+        raise ConfigError(
+            f"vissl-like data {which}: --size {given.size}: a bird needs at least {_SMALLEST_BIRD} pixels."
+        )
     from vissl_like.data import toybirds
 
     folder = Path(given.target).absolute()
     if folder.exists():
         raise ConfigError(f"vissl-like data {which}: {given.target} exists; name a new folder.")
     write = toybirds.write_cub if which == "toybirds" else toybirds.write_waterbirds
-    toybirds.make_folder(folder, lambda target: write(target, seed=given.seed, size=given.size or toybirds.SIZE))
+    toybirds.make_folder(folder, lambda target: write(target, seed=given.seed, size=given.size))
     print(f"{given.target}: drawn.")
     return 0
 
