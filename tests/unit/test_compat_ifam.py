@@ -15,11 +15,10 @@ import pytest
 from tests import part_folders
 from vissl_like.compat import ifam, ifam_flags, ifam_table
 from vissl_like.config.check import load_job
-from vissl_like.data import toybirds
 from vissl_like.errors import ConfigError
 from vissl_like.launch.main import main
 
-#: The commands of the document, typing errors included; images of CUB and Waterbirds smaller.
+#: The commands of the document, typing errors included: the complete one, and those of the data sets with its setting.
 MODEL = r"""
 --model_arch hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m /
 """
@@ -31,8 +30,61 @@ SETTING = r"""
 --num_parts 8 --weight_decay 0.05 --freeze_backbone --enforced_presence_loss 2 --gumbel_softmax --grad_norm_clip 2.0
 """
 START = "torchrun --nnodes=1 \\\n--nproc_per_node=8 \\\n<base path to the code>/train_net.py "
-CUB = START + "--data_path {root}/CUB_200_2011 --dataset cub --train_split 1 --eval_mode test --image_size 56 " \
-    "--augmentations_to_use cub_original " + MODEL + SETTING  # fmt: skip
+CUB = r"""
+torchrun \
+--nnodes=1 \
+--nproc_per_node=8 \
+<base path to the code>/train_net.py \
+--model_arch hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m /
+--pretrained_start_weights /
+--data_path {root}/CUB_200_2011 \
+--batch_size 16 \
+--wandb \
+--epochs 90 \
+--dataset cub \
+--save_every_n_epochs <duration at which to save checkpoints> \
+--num_workers 2 \
+--image_sub_path_train images \
+--image_sub_path_test images \
+--train_split 1 \
+--eval_mode test \
+--wandb_entity <wandb username> \
+--wandb_project <name of wandb project> \
+--wandb_mode <online/offline> \
+--job_type <wandb job type> \
+--group <wandb group name> \
+--snapshot_dir <path to save directory> \
+--lr 2.828e-6 \
+--optimizer_type adamw \
+--scheduler_type cosine \
+--scratch_lr_factor 1e4 \
+--modulation_lr_factor 1e4 \
+--finer_lr_factor 1e3 \
+--drop_path_stage_2 0 \
+--smoothing 0 \
+--augmentations_to_use cub_original \ \
+--num_parts 8 \
+--weight_decay 0.05 \
+--freeze_backbone \
+--total_variation_loss 1.0 \
+--concentration_loss 0.0 \
+--enforced_presence_loss 2 \
+--enforced_presence_loss_type enforced_presence \
+--pixel_wise_entropy_loss 1.0 \
+--gumbel_softmax \
+--presence_loss_type original \
+--grad_norm_clip 2.0
+"""
+WATERBIRDS = r"""
+--data_path {root}/CUB_200_2011 \
+--dataset waterbirds \
+--image_sub_path_train waterbird_complete95_forest2water2 \
+--image_sub_path_test waterbird_complete95_forest2water2 \
+--train_split 1 \
+--eval_mode test \
+--image_size 518 \
+--augmentations_to_use cub_original \
+"""
 SIIM_ACR = r"""
 --model_arch microsoft/rad-dino \
 --use_hf_transformers \
@@ -54,8 +106,7 @@ META_SHIFT = r"""
 """
 COMMANDS = {
     "cub": CUB,
-    "waterbirds": CUB.replace("--dataset cub", "--dataset waterbirds --image_sub_path_train " + toybirds.WATERBIRDS)
-    + " --image_sub_path_test " + toybirds.WATERBIRDS,
+    "waterbirds": START + WATERBIRDS + MODEL + SETTING,
     "siim_acr": START + SIIM_ACR + SETTING,
     "meta_shift": START + META_SHIFT + MODEL + SETTING,
 }  # fmt: skip
@@ -93,13 +144,64 @@ def test_the_documents_command() -> None:
     assert found.overrides["config.MODEL.PARTS.FREEZE_BACKBONE"] is True
     assert found.overrides["config.DATA.TRAIN.DATA_PATHS"] == ["<base_path_to_dataset>/CUB_200_2011"]
     assert sum("typing error" in line for line in found.notices) == 3
-    assert any("save_every_n_epochs" in line and "placeholder" in line for line in found.notices)
+    placeholders = [line.split()[0][2:] for line in found.notices if "placeholder" in line]
+    assert sorted(placeholders) == sorted(
+        "data_path save_every_n_epochs wandb_entity wandb_project wandb_mode job_type group snapshot_dir".split()
+    )
+    assert not any("save_every_n_epochs is not given" in line for line in found.notices)
+    assert "config.LOGGERS.WANDB.MODE" not in found.overrides  # online or offline: the default
     assert not found.without
+
+
+def test_words_for_more_flags_are_no_typing_error() -> None:
+    found = ifam.translate(
+        "torchrun --nproc_per_node=<gpus per node> train_net.py --lr 1 < model specific parameters >"
+    )
+    assert any("<model_specific_parameters> stands for flags" in line for line in found.notices)
+    assert any("one process for each GPU" in line for line in found.notices)
+    assert "config.DISTRIBUTED.NUM_PROC_PER_NODE" not in found.overrides
+
+
+@pytest.mark.parametrize(
+    ("start", "processes", "notice"),
+    [
+        ("torchrun --standalone --nproc-per-node 4 a/train_net.py", 4, "--standalone: for the launcher"),
+        ("python -m torch.distributed.run --nproc_per_node=2 train_net.py", 2, "-m torch.distributed.run: for the"),
+        ("CUDA_VISIBLE_DEVICES=0,1 python3 train_net.py", None, "CUDA_VISIBLE_DEVICES=0,1: put it before our command"),
+        ("srun -n 2 python train_net_baseline.py", None, "srun -n 2: for the launcher"),
+    ],
+)
+def test_what_starts_the_script_is_no_flag_of_it(start: str, processes: int | None, notice: str) -> None:
+    found = ifam.translate(f"{start} --num_parts=4 --lr=1e-5")
+    assert found.overrides.get("config.DISTRIBUTED.NUM_PROC_PER_NODE") == processes
+    assert found.overrides["config.MODEL.PARTS.NUM_PARTS"] == 4
+    assert found.overrides["config.MODEL.NAME"] == ("pooled" if "baseline" in start else "two_stage")
+    assert any(notice in line for line in found.notices)
+
+
+def test_evaluation_takes_the_best_save_of_a_folder() -> None:
+    found = ifam.translate("train_net.py --eval_only --snapshot_dir runs/a --array_training_job --seed 3")
+    assert found.overrides["config.MODEL.WEIGHTS_INIT.PARAMS_FILE"] == "runs/a/3/snapshot_best.pt"
+    assert found.overrides["config.MODEL.WEIGHTS_INIT.PRESET"] == "ifam" and "config.RUN.DIR" not in found.overrides
+    trained = ifam.translate("train_net.py --snapshot_dir runs/a").overrides
+    assert trained["config.RUN.DIR"] == "runs/a" and "config.MODEL.WEIGHTS_INIT.PRESET" not in trained
+
+
+def test_chest_radiographs_have_their_own_transforms_whatever_the_flag_says() -> None:
+    asked = ifam.translate("train_net.py --dataset siim_acr --augmentations_to_use siim_acr").overrides
+    assert asked == ifam.translate("train_net.py --dataset siim_acr").overrides
+    assert asked["config.DATA.TRAIN.TRANSFORMS"][0] == {"name": "Resize", "size": [448, 448]}
+
+
+def test_an_ignored_split_is_said() -> None:
+    notices = ifam.translate("train_net.py --train_split 0.8 --eval_mode test").notices
+    assert any("--train_split 0.8: the original reads it and trains on all images" in line for line in notices)
 
 
 def test_every_flag_becomes_something_or_is_said_to_have_no_counterpart() -> None:
     for flag, (kind, default) in ifam_flags.FLAGS.items():
         value = {bool: "", list: " 1 2", int: " 3", float: " 0.5", str: f" {default or 'word'}"}[kind]
+        value = " ema" if flag == "averaging_type" else value
         for script in ifam_flags.SCRIPTS:
             found = ifam.translate(f"train.py --{flag}{value}", script=script)
             plain = ifam.translate("train.py", script=script)
@@ -137,11 +239,18 @@ def test_softmax_temperature_has_one_dash_or_two() -> None:
     ("text", "message"),
     [
         ("train_net.py --num_part 8", "did you mean 'num_parts'"),
-        ("train_net.py --num_parts many", "--num_parts many: not a number"),
+        ("train_net.py --num_parts many", "--num_parts many: not a whole number"),
         ("train_net.py --dataset cubs", "did you mean 'cub'"),
         ("train_net.py --optimizer_type rms", "one of adam, adamw"),
         ("train_net.py 8", "'8' stands alone"),
         ("train_net.py --lr", "--lr needs a value"),
+        ("train_net.py --gumbel_softmax=false", "--gumbel_softmax false: a switch, which takes no value"),
+        ("train_net.py --wandb True", "Leave it out to have it off"),
+        ("train_net.py --no-gumbel_softmax", "To have it off, leave --gumbel_softmax out"),
+        ("train_net.py --epochs 1.5", "--epochs 1.5: not a whole number"),
+        ("train_net.py --cutmix_minmax 1.2.3", "--cutmix_minmax 1.2.3: not a number"),
+        ("train_net.py --cutmix_minmax=a", "--cutmix_minmax a: not a number"),
+        ("train_net.py --averaging_type swa", "--averaging_type swa: ema, or leave it out"),
     ],
 )
 def test_what_cannot_be_translated(text: str, message: str) -> None:

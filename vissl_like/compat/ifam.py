@@ -44,7 +44,8 @@ def translate(text: str, *, script: str = "") -> Translation:
     for part in (_model, _parts, _data, _optimizer, _losses, _run, _tracking, _without):
         part(command, result)
     for flag in DOCUMENTED:
-        if command.script == TWO_STAGE and flag not in command.given:
+        is_open = any(line.startswith(f"--{flag} <") for line in command.notices)
+        if command.script == TWO_STAGE and flag not in command.given and not is_open:
             result.notices.append(
                 f"--{flag} is not given: {FLAGS[flag][1]} as the parser has it (the documentation says {DOCUMENTED[flag]})"
             )
@@ -63,6 +64,8 @@ def _model(command: Command, result: Translation) -> None:
         result.overrides["config.MODEL.WEIGHTS_INIT.PARAMS_FILE"] = command["pretrained_model_path"]
     elif command["pretrained_start_weights"] or command["use_hf_transformers"]:
         result.overrides["config.MODEL.WEIGHTS_INIT.PARAMS_FILE"] = weights
+    if command["averaging_type"] not in ("", "ema"):
+        raise ConfigError(f"translate: --averaging_type {command['averaging_type']}: ema, or leave it out.")
     if command["averaging_type"] == "ema":
         result.overrides |= {
             "config.MODEL.EMA.ENABLED": True,
@@ -145,7 +148,8 @@ def _data(command: Command, result: Translation) -> None:
         result.overrides["config.DATA.TRAIN_SPLIT.ORDER"] = "stratified"
         if command["train_split"] < 1:
             result.notices.append(
-                "--train_split cuts by file order in the original, which loses classes; here by class"
+                f"--train_split {command['train_split']}: the original reads it and trains on all images; here it counts, "
+                "by class"
             )
     for flag, name in (("mixup", "MIXUP"), ("cutmix", "CUTMIX")):
         if command[flag]:
@@ -221,7 +225,7 @@ def _train_views(command: Command) -> list[dict[str, Any]]:
             {"name": "ImgPilRandomColorJitter", "strength": 0.25, "prob": 0.5},
             {"name": "ImgPilPlanckianJitter", "p": 0.5}, *end,
         ]  # fmt: skip
-    if kind == "siim_acr":
+    if "siim_acr" in (kind, command["dataset"]):
         return [{"name": "Resize", "size": [size, size]}, {"name": "RandomHorizontalFlip", "p": 0.5}, *end]
     if kind == "timm":
         return _timm_views(command, end)
@@ -271,7 +275,7 @@ def _optimizer(command: Command, result: Translation) -> None:
     result.overrides |= {
         below + "NAME": name, below + "OPTIONS": options, below + "NUM_EPOCHS": command["epochs"],
         below + "ACCUMULATE_STEPS": command["grad_accumulation_steps"], below + "WEIGHT_DECAY": command["weight_decay"],
-        below + "NORMALIZED_WEIGHT_DECAY": command.script in (TWO_STAGE, SINGLE),
+        below + "NORMALIZED_WEIGHT_DECAY": True,
         below + "PARAM_GROUP_CONSTRUCTOR": "parts",
         lr + "NAME": schedules[command["scheduler_type"]], lr + "START_VALUE": command["lr"],
         lr + "END_VALUE": command["min_lr"], lr + "WARMUP_EPOCHS": command["scheduler_warmup_epochs"],
@@ -327,14 +331,20 @@ def _losses(command: Command, result: Translation) -> None:
 
 def _run(command: Command, result: Translation) -> None:
     folder, is_file = command["snapshot_dir"], str(command["snapshot_dir"]).endswith((".pt", ".pth"))
-    if is_file:
+    seed = f"/{command['seed']}" if command["array_training_job"] and not command["resume_training"] else ""
+    if is_file or (folder and command["eval_only"]):
+        file = folder if is_file else f"{folder}{seed}/snapshot_best.pt"
         result.overrides |= {
-            "config.MODEL.WEIGHTS_INIT.PARAMS_FILE": folder,
+            "config.MODEL.WEIGHTS_INIT.PARAMS_FILE": file,
             "config.MODEL.WEIGHTS_INIT.PRESET": _PRESETS[command.script],
         }
     elif folder:
-        seed = f"/{command['seed']}" if command["array_training_job"] and not command["resume_training"] else ""
         result.overrides["config.RUN.DIR"] = f"{folder}{seed}"
+    if folder and command["eval_only"] and not is_file:
+        result.notices.append(
+            f"--eval_only measures {file}, the original's best save; of a run of this program name its folder as "
+            "config.MODEL.WEIGHTS_INIT.PARAMS_FILE, and no PRESET"
+        )
     result.overrides |= {
         "config.SEED_VALUE": command["seed"],
         "config.CHECKPOINT.EVERY_EPOCHS": command["save_every_n_epochs"],
@@ -360,7 +370,7 @@ def _tracking(command: Command, result: Translation) -> None:
         "wandb_mode": "MODE", "wandb_resume_id": "RESUME_ID",
     }  # fmt: skip
     for flag, name in names.items():
-        if command.has(flag) and not str(command[flag]).startswith("<online"):
+        if command.has(flag):
             result.overrides[below + name] = command[flag]
 
 

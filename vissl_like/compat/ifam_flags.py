@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ FLAGS: dict[str, tuple[type, Any]] = {
     "metadata_path": (str, ""), "species_id_to_name_file": (str, ""), "modulation_type": (str, "original"),
     "modulation_orth": (bool, False), "classifier_type": (str, "linear"), "noise_variance": (float, 0.0),
 }  # fmt: skip
+#: Texts of which the parser knows a few, so that a placeholder means the default.
+_CHOICES = ("wandb_mode", "dataset", "eval_mode", "augmentations_to_use", "optimizer_type", "scheduler_type")
 #: Defaults that the documentation gives, where the parser has others.
 DOCUMENTED = {
     "train_split": 1, "eval_mode": "test", "save_every_n_epochs": 16, "image_size": 518, "optimizer_type": "adamw",
@@ -107,73 +110,134 @@ def read_command(text: str, *, script: str = "") -> Command:
         words = shlex.split(joined.replace("\\\n", " ").replace("\n", " "))
     except ValueError as error:
         raise ConfigError(f"translate: this is no command line ({error}).") from None
-    command = Command(script or _script(words), {}, notices=notices)
-    position = 0
+    start = next((position for position, word in enumerate(words) if _is_script(word)), -1)
+    command = Command(script or _script(words[start] if start >= 0 else ""), {}, notices=notices)
+    _read_launcher(command, words[: max(start, 0)])
+    position = start + 1
     while position < len(words):
         position = _read_word(command, words, position)
     return command
 
 
-def _script(words: Sequence[str]) -> str:
-    for word in words:
-        name = word.rsplit("/", 1)[-1].removesuffix(".py")
-        if name in SCRIPTS:
-            return name
-    return TWO_STAGE
+def _script(word: str) -> str:
+    name = word.rsplit("/", 1)[-1].removesuffix(".py")
+    return name if name in SCRIPTS else TWO_STAGE
 
 
+def _is_script(word: str) -> bool:
+    return not word.startswith("-") and (word.endswith(".py") or word.rsplit("/", 1)[-1] in SCRIPTS)
+
+
+# -------------------------------------------------------------------------------------------------------- the launcher
+def _read_launcher(command: Command, words: Sequence[str]) -> None:
+    """What stands before the script: variables, torchrun, python, srun. Of these, nodes and processes count."""
+    others, position = [], 0
+    while position < len(words):
+        word = words[position]
+        taken = _read_processes(command, words, position)
+        if re.match(r"\w+=", word):
+            command.notices.append(f"{word}: put it before our command, too")
+        elif not taken and word.rsplit("/", 1)[-1] not in ("torchrun", "python", "python3"):
+            others.append(word)
+        position += taken or 1
+    if others:
+        command.notices.append(f"{' '.join(others)}: for the launcher; our command starts its processes itself")
+
+
+def _read_processes(command: Command, words: Sequence[str], position: int) -> int:
+    """Read --nnodes or --nproc_per_node; returns how many words that took, 0 for another word."""
+    name, has_value, value = words[position].lstrip("-").replace("-", "_").partition("=")
+    if name not in ("nnodes", "nproc_per_node") or not words[position].startswith("-"):
+        return 0
+    number = value if has_value else "".join(words[position + 1 : position + 2])
+    if number.isdigit() and name == "nnodes":
+        command.nodes = int(number)
+    elif number.isdigit():
+        command.processes = int(number)
+    else:
+        ours = "one machine" if name == "nnodes" else "one process for each GPU"
+        command.notices.append(f"--{name} {number}: no number; {ours} here")
+    return 1 if has_value else 2
+
+
+# ----------------------------------------------------------------------------------------------------------- the flags
 def _read_word(command: Command, words: Sequence[str], position: int) -> int:
     """Read what stands at `position`; returns where to go on."""
     word = words[position]
+    if not word.startswith("-") or re.fullmatch(r"-?[\d.]+(e-?\d+)?", word):
+        _leave_out(command, word)
+        return position + 1
+    taken = _read_processes(command, words, position)
+    if taken:
+        return position + taken
     name, has_value, value = word.lstrip("-").partition("=")
     flag = name.replace("-", "_")
     following = words[position + 1 :]
-    if not word.startswith("-") or re.fullmatch(r"-?[\d.]+(e-?\d+)?", word):
-        if word.strip() in ("", "/", "\\") or re.fullmatch("<[^>]*>", word):
-            command.notices.append(f"{word!r} is no argument and was left out (a typing error of the document)")
-        elif not word.endswith(".py") and word not in ("torchrun", "python", "python3"):
-            raise ConfigError(f"translate: {word!r} stands alone; flags begin with --.")
-        return position + 1
-    if flag in ("nnodes", "nproc_per_node"):
-        number = value or (following[0] if following else "")
-        count = int(number) if number.isdigit() else 0
-        if flag == "nnodes":
-            command.nodes = count or 1
-        else:
-            command.processes = count
-        return position + (1 if has_value else 2)
     if flag not in FLAGS:
-        hint = suggest(flag, list(FLAGS)) or "."
-        raise ConfigError(f"translate: --{name}: the original has no such flag{hint}")
+        raise ConfigError(f"translate: --{name}: the original has no such flag{_hint(flag)}")
     kind = FLAGS[flag][0]
     if kind is bool:
-        command.given[flag] = True
+        _switch_on(
+            command, flag, given=value if has_value else following[0] if following else "", is_its=bool(has_value)
+        )
         return position + 1
     if kind is list:
-        taken = _while_numbers(following)
-        command.given[flag] = [float(item) if "." in item else int(item) for item in taken]
-        return position + 1 + len(taken)
+        taken_words = [value] if has_value else _while_numbers(following)
+        command.given[flag] = [_number(flag, item) for text in taken_words for item in text.split()]
+        return position + 1 + (0 if has_value else len(taken_words))
     if not has_value and not following:
         raise ConfigError(f"translate: --{name} needs a value.")
     _keep(command, flag, value if has_value else following[0])
     return position + (1 if has_value else 2)
 
 
+def _hint(flag: str) -> str:
+    positive = flag.removeprefix("no_")
+    if positive != flag and FLAGS.get(positive, (None,))[0] is bool:
+        return f". To have it off, leave --{positive} out."
+    return suggest(flag, list(FLAGS)) or "."
+
+
+def _leave_out(command: Command, word: str) -> None:
+    """A word that is no flag and no value: a typing error of the document, or a mistake."""
+    if re.fullmatch("<[^>]*>", word):
+        command.notices.append(f"{word} stands for flags that are not there: what they set is as the parser has it")
+    elif word.strip() in ("", "/", "\\"):
+        command.notices.append(f"{word!r} is no argument and was left out (a typing error of the document)")
+    else:
+        raise ConfigError(f"translate: {word!r} stands alone; flags begin with --.")
+
+
+def _switch_on(command: Command, flag: str, *, given: str, is_its: bool) -> None:
+    if is_its or given.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        raise ConfigError(
+            f"translate: --{flag} {given}: a switch, which takes no value: it is on where it stands. Leave it out to have "
+            "it off."
+        )
+    command.given[flag] = True
+
+
 def _while_numbers(words: Sequence[str]) -> list[str]:
-    taken = []
-    for word in words:
-        if not re.fullmatch(r"-?[\d.]+", word):
-            break
-        taken.append(word)
-    return taken
+    return list(itertools.takewhile(lambda word: re.fullmatch(r"-?[\d.]+", word), words))
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ConfigError(f"translate: --{flag} {text}: not a number.") from None
 
 
 def _keep(command: Command, flag: str, text: str) -> None:
     kind = FLAGS[flag][0]
-    if kind is not str and text.startswith("<"):
+    is_open = re.search("<[^>]*>", text) is not None
+    if is_open and (kind is not str or flag in _CHOICES):
         command.notices.append(f"--{flag} {text}: a placeholder; the default {FLAGS[flag][1]} is used")
         return
+    if is_open:
+        command.notices.append(f"--{flag} {text}: a placeholder; put yours in its place below")
     try:
         command.given[flag] = kind(float(text)) if kind is int and float(text).is_integer() else kind(text)
     except ValueError:
-        raise ConfigError(f"translate: --{flag} {text}: not a number.") from None
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"translate: --{flag} {text}: not {what}.") from None
