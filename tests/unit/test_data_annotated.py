@@ -299,16 +299,34 @@ def test_meta_shift(tmp_path: Path) -> None:
     assert train.labels is not None and train.labels.tolist() == [0, 1] and train.group_names == ("cat", "dog")
     assert annotation(train, "mask", 0).all()
     assert len(MetaShiftSource.build(request(tmp_path, "TEST"))) == 1
+    shutil.rmtree(tmp_path / "test" / "cat")
+    save(tmp_path / "test" / "dog" / "dog(shelf)" / "d.jpg")
+    both = {"DATA_SOURCES": ["meta_shift"], "DATA_PATHS": [str(tmp_path)]}
+    test = build_dataset(Data(TRAIN=Split(**both), TEST=Split(**both)), "TEST", seed=0)
+    assert test[0]["label"] == 1 and test.class_names == ["cat", "dog"]  # as in TRAIN
 
 
 def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path: Path) -> None:
+    root, train = tmp_path / "v2", tmp_path / "train"
     for name in ("0", "2", "10"):
-        save(tmp_path / name / "a.jpeg")
-    labels = ImageNetV2Source(tmp_path).labels
+        save(root / name / "a.jpeg")
+    labels = ImageNetV2Source(root).labels
     assert labels is not None and sorted(labels.tolist()) == [0, 2, 10]
-    save(tmp_path / "cat" / "a.jpeg")
+    for synset in imagenet_synsets()[:4]:
+        save(train / synset / "a.jpeg")
+    data = Data(
+        TRAIN=Split(DATA_SOURCES=["disk_folder"], DATA_PATHS=[str(train)]),
+        TEST=Split(DATA_SOURCES=["imagenet_v2"], DATA_PATHS=[str(root)]),
+    )
+    test = build_dataset(data, "TEST", seed=0)
+    found = {test.source.path(row).split("/")[0]: int(test[row]["label"]) for row in range(3)}
+    assert found["0"] == 0 and found["2"] == 2  # the classes of ImageNet, whatever their folders are called
+    save(root / "1000" / "a.jpeg")
+    with pytest.raises(DataError, match="no class 1000"):
+        ImageNetV2Source(root)
+    save(root / "cat" / "a.jpeg")
     with pytest.raises(DataError, match="'cat'"):
-        ImageNetV2Source(tmp_path)
+        ImageNetV2Source(root)
 
 
 def test_imagenet_subsets_know_their_classes(tmp_path: Path) -> None:
@@ -348,6 +366,12 @@ def test_part_imagenet(tmp_path: Path) -> None:
     assert np.argwhere(head).tolist() == [[r, c] for r in range(2, 5) for c in range(1, 5)]  # x, y, width, height
     assert fin.sum() == 16 and fin[:4, :4].all()
     assert not source.part_masks(1).any() and source.mask(0).sum() == (head | fin).sum()
+    # a test without fish of the first kind
+    fish = content | {"images": content["images"][:1], "annotations": content["annotations"][2:]}
+    (tmp_path / "test.json").write_text(json.dumps(fish))
+    both = {"DATA_SOURCES": ["part_imagenet"], "DATA_PATHS": [str(tmp_path)]}
+    test = build_dataset(Data(TRAIN=Split(**both), TEST=Split(**both)), "TEST", seed=0)
+    assert len(test) == 1 and test[0]["label"] == 1
     del content["categories"]
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="a list 'categories'"):

@@ -322,7 +322,8 @@ def _class_names_on_disk(data: Data, position: int, kind: str) -> list[str] | No
     if files:
         found = [parse_labels(load_npy(file, key=key), file=file, key=key).class_names for file in files]
         return None if any(names is None for names in found) else [name for names in found for name in names or []]
-    if kind not in ("disk_folder", _SHARDS):
+    source = registry.resolve("data_source", kind, key="DATA.TRAIN.DATA_SOURCES")
+    if kind not in ("disk_folder", _SHARDS) and not hasattr(source, "classes"):
         return None
     path = options.DATA_PATHS[position] if options.DATA_PATHS else ""
     if not path and options.DATASET_NAMES:
@@ -332,4 +333,6 @@ def _class_names_on_disk(data: Data, position: int, kind: str) -> list[str] | No
             return None  # only another split is in use; a run that trains stops at this by itself
     if kind == _SHARDS:
         return shard_classes(SourceRequest("TRAIN", position, "", path, options, stream=data.STREAM))
+    if hasattr(source, "classes"):
+        return source.classes(SourceRequest(options.USE_SPLIT or "TRAIN", position, "", path, options))
     return folder_classes(path) if os.path.isdir(os.path.expanduser(path)) else None

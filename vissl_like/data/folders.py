@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vissl_like.data.annotated import required_folder
-from vissl_like.data.folder import FolderSource
+from vissl_like.data.folder import FolderSource, folder_classes
 from vissl_like.data.source import SourceRequest
 from vissl_like.errors import DataError
 
@@ -31,9 +31,18 @@ class MetaShiftSource(FolderSource):
 
     @classmethod
     def build(cls, request: SourceRequest) -> MetaShiftSource:
-        folder = request.options.IMAGE_SUB_PATH or _SPLIT_FOLDERS[request.split]
-        mask_folder = request.options.MASK_SUB_PATH
-        return cls(required_folder(request), folder=folder, mask_folder=mask_folder, name=request.name or "meta_shift")
+        mask_folder, name = request.options.MASK_SUB_PATH, request.name or "meta_shift"
+        return cls(required_folder(request), folder=cls._folder(request), mask_folder=mask_folder, name=name)
+
+    @classmethod
+    def classes(cls, request: SourceRequest) -> list[str] | None:
+        """The class names of a split, None where its folder is not there."""
+        folder = Path(request.path).expanduser() / cls._folder(request)
+        return folder_classes(folder) if folder.is_dir() else None
+
+    @staticmethod
+    def _folder(request: SourceRequest) -> str:
+        return request.options.IMAGE_SUB_PATH or _SPLIT_FOLDERS[request.split]
 
     def mask_file(self, row: int) -> str:
         """Grey image, above 0 on the animal."""
@@ -43,7 +52,7 @@ class MetaShiftSource(FolderSource):
 
 
 class ImageNetV2Source(FolderSource):
-    """ImageNet-V2: the folders are the class numbers 0..999, in numerical order."""
+    """ImageNet-V2: the folders are the class numbers 0..999, in numerical order. Classes are named by WordNet ids."""
 
     def __init__(self, root: Path, *, name: str = "imagenet_v2") -> None:
         super().__init__(root, name=name, key="DATA_PATHS")
@@ -51,8 +60,11 @@ class ImageNetV2Source(FolderSource):
         if self.labels is None or not names or not all(word.isdigit() for word in names):
             wrong = next((word for word in names if not word.isdigit()), "no folders")
             raise DataError(f"{root}: the folders of ImageNet-V2 are class numbers, but here is {wrong!r}.")
+        self.class_names = list(imagenet_synsets())
+        beyond = [word for word in names if int(word) >= len(self.class_names)]
+        if beyond:
+            raise DataError(f"{root}: ImageNet has no class {beyond[0]}, which is a folder here.")
         self.labels = np.array([int(word) for word in names], dtype=np.int64)[self.labels]
-        self.class_names = [str(number) for number in range(1000)]
 
     @classmethod
     def build(cls, request: SourceRequest) -> ImageNetV2Source:

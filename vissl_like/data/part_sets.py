@@ -42,22 +42,35 @@ class PartImageNetSource(ImageFiles):
         self._sizes = [(int(image["height"]), int(image["width"])) for image in images]
         self._of_row = [of_image[image["id"]] for image in images]
         synsets = [_synset(image["file_name"], file=annotations) for image in images]
-        class_names = sorted(set(synsets))
-        labels = np.array([class_names.index(word) for word in synsets])
+        class_names, labels = np.unique(synsets, return_inverse=True)
         paths = [f"{image_folder}/{image['file_name']}" if image_folder else image["file_name"] for image in images]
-        super().__init__(root, paths, labels, name=name, class_names=class_names)
+        super().__init__(root, paths, labels, name=name, class_names=class_names.tolist())
 
     @classmethod
     def build(cls, request: SourceRequest) -> PartImageNetSource:
         _coco_masks()
         root = required_folder(request)
-        file = request.options.ANNOTATION_PATH or f"{request.split.lower()}.json"
         return cls(
             root,
-            annotations=root / file,
+            annotations=root / cls._file(request),
             image_folder=request.options.IMAGE_SUB_PATH,
             name=request.name or "part_imagenet",
         )
+
+    @classmethod
+    def classes(cls, request: SourceRequest) -> list[str] | None:
+        """The class names of a split, None where its annotations are not there."""
+        file = Path(request.path).expanduser() / cls._file(request)
+        if not file.is_file():
+            return None
+        content = _coco(file)
+        annotated = {annotation["image_id"] for annotation in content["annotations"]}
+        names = [image["file_name"] for image in content["images"] if image["id"] in annotated]
+        return sorted({_synset(name, file=file) for name in names})
+
+    @staticmethod
+    def _file(request: SourceRequest) -> str:
+        return request.options.ANNOTATION_PATH or f"{request.split.lower()}.json"
 
     def part_masks(self, row: int) -> np.ndarray:
         """bool (G, H, W), one mask per category; crowds and empty annotations do not count."""
