@@ -215,6 +215,17 @@ def test_everything_is_measured_alike_at_one_and_two_ranks(birds: Path, challeng
         assert table["rows"][0]["kept_tokens"] == pytest.approx(one["speed_kept_tokens"] / 100)
 
 
+def test_backgrounds_alone_need_no_other_images(birds: Path, challenge: Path, tmp_path: Path) -> None:
+    """The map of classes says how many the model has, as the images that it was trained on would."""
+    asked = {"PROTOCOLS": ["in9", "background_challenge"], "BACKGROUNDS": {"PATH": str(challenge)}}
+    expected = run(job("evaluate_parts", birds, EVALUATE_PARTS=asked), tmp_path / "with")
+    alone = {"DATA__TRAIN": {}, "DATA__TEST": {"TRANSFORMS": TRANSFORMS, "BATCHSIZE_PER_REPLICA": 6}}
+    assert run(job("evaluate_parts", birds, EVALUATE_PARTS=asked, **alone), tmp_path / "without") == expected
+    measured = asked | {"PROTOCOLS": ["in9", "classification"]}
+    with pytest.raises(ConfigError, match="TEST.DATA_SOURCES is empty"):
+        run(job("evaluate_parts", birds, EVALUATE_PARTS=measured, **alone), tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -21,6 +21,7 @@ from vissl_like.analysis.extraction import Batch, Call, Loading, outputs
 from vissl_like.analysis.rows import share, spans
 from vissl_like.config.schema import Config
 from vissl_like.core import distributed
+from vissl_like.data.dataset import is_used
 from vissl_like.data.imagenet9 import NUM_CLASSES, ImageNet9Source, read_class_map
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.labels import Labels
@@ -64,6 +65,19 @@ def _closing(dataset: ImageDataset) -> Iterator[None]:
         close_workers(dataset)
 
 
+def stand_in(config: Config) -> ImageDataset:
+    """TEST where none is given: the images of ImageNet-9, with the number of classes that the model must have.
+
+    Those are the classes of the map of ImageNet's to the nine, or nine where there is no map or TRAIN says how many.
+    """
+    file = _map_file(config)
+    has_map = bool(config.EVALUATE_PARTS.BACKGROUNDS.CLASS_MAP) or file.is_file()
+    is_mapped = has_map and not is_used(config.DATA, "TRAIN")
+    return _dataset(
+        config, ImageNet9Source(_root(config)), num_classes=len(_class_map(file)) if is_mapped else NUM_CLASSES
+    )
+
+
 @dataclass(frozen=True)
 class Backgrounds:
     """A model and the folder of ImageNet-9, seen through the transforms of TEST.
@@ -89,7 +103,7 @@ class Backgrounds:
         return found
 
     def _accuracy(self, variant: str) -> dict[str, float]:
-        dataset = self._dataset(ImageNet9Source(self._root(), variant=variant))
+        dataset = _dataset(self.config, ImageNet9Source(_root(self.config), variant=variant))
         world = distributed.current()
         blocks = self._blocks(len(dataset))
         first, last = share(len(blocks), rank=world.rank, size=world.size)
@@ -117,13 +131,15 @@ class Backgrounds:
         The object of each image with a mask is put on each image of ONLY_BACKGROUNDS, until one of them makes the
         prediction wrong. A collective call.
         """
-        root = self._root()
+        root = _root(self.config)
         whole = ImageNet9Source(root)
         rows = whole.rows_with_masks()
-        objects = self._dataset(SubsetSource(whole, rows), with_masks=True)
+        objects = _dataset(self.config, SubsetSource(whole, rows), with_masks=True)
         if len(rows) < len(whole) and distributed.is_main():
             log.info("%d of %d images of ImageNet-9 have a mask and take part", len(rows), len(whole))
-        grounds = self._dataset(ImageNet9Source(root, variant=self.config.EVALUATE_PARTS.BACKGROUNDS.ONLY_BACKGROUNDS))
+        grounds = _dataset(
+            self.config, ImageNet9Source(root, variant=self.config.EVALUATE_PARTS.BACKGROUNDS.ONLY_BACKGROUNDS)
+        )
         with _closing(objects), _closing(grounds):
             mine = self._objects(objects)
             standing = self._standing(mine, grounds)
@@ -166,24 +182,12 @@ class Backgrounds:
             ]
         return set(standing)
 
-    # ----------------------------------------------------------------------------------------------------- the folder
-    def _root(self) -> Path:
-        path = self.config.EVALUATE_PARTS.BACKGROUNDS.PATH
-        if not path:
-            raise ConfigError(
-                f"{KEY}.PATH is not given: set it to the folder of ImageNet-9 (original/, fg_mask/, ...)."
-            )
-        folder = Path(path).expanduser().absolute()
-        if not folder.is_dir():
-            raise DataError(f"{KEY}.PATH={path!r}: no such folder.")
-        return folder
-
     def _nine(self, logits: np.ndarray) -> np.ndarray:
         """Logits (B, C) -> one of the nine classes each, -1 for none, int64 (B,)."""
         best = logits.argmax(axis=1)
         if logits.shape[1] == NUM_CLASSES:
             return best
-        file = Path(self.config.EVALUATE_PARTS.BACKGROUNDS.CLASS_MAP or self._root() / "in_to_in9.json").expanduser()
+        file = _map_file(self.config)
         class_map = _class_map(file)
         if len(class_map) != logits.shape[1]:
             raise ConfigError(
@@ -192,24 +196,43 @@ class Backgrounds:
             )
         return class_map[best]
 
-    def _dataset(self, source: Source, *, with_masks: bool = False) -> ImageDataset:
-        config = self.config
-        views = build_views(
-            config.DATA.TEST.TRANSFORMS,
-            key="config.DATA.TEST.TRANSFORMS",
-            input_type=config.MODEL.INPUT_TYPE,
-            with_masks=with_masks,
-        )
-        assert source.labels is not None
-        return ImageDataset(
-            source,
-            views=views,
-            labels=Labels(source.labels, NUM_CLASSES, source.class_names),
-            split="TEST",
-            name=source.name,
-            seed=config.SEED_VALUE,
-            max_bad_fraction=config.DATA.MAX_BAD_FRACTION,
-        )
-
     def _blocks(self, count: int) -> list[np.ndarray]:
         return [np.arange(*span) for span in spans(count, self.config.DATA.TEST.BATCHSIZE_PER_REPLICA)]
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+def _root(config: Config) -> Path:
+    path = config.EVALUATE_PARTS.BACKGROUNDS.PATH
+    if not path:
+        raise ConfigError(f"{KEY}.PATH is not given: set it to the folder of ImageNet-9 (original/, fg_mask/, ...).")
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"{KEY}.PATH={path!r}: no such folder.")
+    return folder
+
+
+def _map_file(config: Config) -> Path:
+    """Which of the nine each class of ImageNet is."""
+    return Path(config.EVALUATE_PARTS.BACKGROUNDS.CLASS_MAP or _root(config) / "in_to_in9.json").expanduser()
+
+
+def _dataset(
+    config: Config, source: Source, *, num_classes: int = NUM_CLASSES, with_masks: bool = False
+) -> ImageDataset:
+    """Images of ImageNet-9 through the transforms of TEST."""
+    views = build_views(
+        config.DATA.TEST.TRANSFORMS,
+        key="config.DATA.TEST.TRANSFORMS",
+        input_type=config.MODEL.INPUT_TYPE,
+        with_masks=with_masks,
+    )
+    assert source.labels is not None
+    return ImageDataset(
+        source,
+        views=views,
+        labels=Labels(source.labels, num_classes, source.class_names),
+        split="TEST",
+        name=source.name,
+        seed=config.SEED_VALUE,
+        max_bad_fraction=config.DATA.MAX_BAD_FRACTION,
+    )

@@ -1,7 +1,8 @@
 """ImageNet-9 (backgrounds challenge, arXiv 2006.09994): nine classes whose objects stand on other backgrounds.
 
 ROOT/<variant>/{train,val}/<class>/* (variants: original, mixed_same, mixed_rand, only_bg_t, ...), the object's pixels in
-ROOT/fg_mask/val/<class>/<name>.npy, and in_to_in9.json: a class of ImageNet -> one of the nine, or -1.
+ROOT/fg_mask/val/<class>/<name>.npy (height, width), and in_to_in9.json, which comes with the challenge's scripts: a class of
+ImageNet -> one of the nine, or -1.
 """
 
 from __future__ import annotations
@@ -70,7 +71,11 @@ def read_class_map(file: Path) -> np.ndarray:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise DataError(
+            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}). It comes with the scripts of the "
+            "backgrounds challenge (github.com/MadryLab/backgrounds_challenge), not with its images: put it there, or set "
+            "config.EVALUATE_PARTS.BACKGROUNDS.CLASS_MAP."
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: is not JSON ({error.msg}).") from error
     if not isinstance(content, dict) or set(content) != {str(number) for number in range(len(content))}:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vissl_like.analysis import part_evaluation, part_speed
-from vissl_like.analysis.backgrounds import Backgrounds
+from vissl_like.analysis.backgrounds import Backgrounds, stand_in
 from vissl_like.analysis.extraction import Loading, outputs
 from vissl_like.analysis.part_evaluation import PROTOCOLS, Measured, framing_of
 from vissl_like.analysis.part_metrics import LogitHistogram
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLDS_FOLDER = "thresholds"
 SPEED_FILE = "speed.json"
+BACKGROUND_PROTOCOLS = {"in9", "background_challenge"}
 
 
 def run(job: Job, run_dir: Path) -> dict[str, Any]:
@@ -58,10 +59,14 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
 
 
 def open_splits(config: Config, run_dir: Path) -> Splits:
-    """TEST, and TRAIN through TEST's transforms if a protocol learns from it."""
+    """TEST, and TRAIN through TEST's transforms if a protocol learns from it.
+
+    Backgrounds alone need no TEST: ImageNet-9 has its own folder.
+    """
     wanted = set(config.EVALUATE_PARTS.PROTOCOLS)
+    has_own = wanted <= BACKGROUND_PROTOCOLS and not is_used(config.DATA, "TEST")
     for split in ("TEST", "TRAIN") if wanted & {"regression", "thresholds"} else ("TEST",):
-        if not is_used(config.DATA, split):
+        if not is_used(config.DATA, split) and not has_own:
             raise ConfigError(f"config.DATA.{split}.DATA_SOURCES is empty: evaluate_parts needs it.")
     seen = config.DATA.TRAIN.model_copy(update={"TRANSFORMS": config.DATA.TEST.TRANSFORMS})
     data = config.DATA.model_copy(update={"TRAIN": seen})
@@ -74,7 +79,8 @@ def open_splits(config: Config, run_dir: Path) -> Splits:
         train=True,
         with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
     )
-    return Splits(train=build("TRAIN") if is_used(data, "TRAIN") else None, test=build("TEST"))
+    train_set = build("TRAIN") if is_used(data, "TRAIN") else None
+    return Splits(train=train_set, test=stand_in(config) if has_own else build("TEST"))
 
 
 def all_logits(model: Any, images: Tensor) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ class _Evaluation:
                     key = f"config.DATA.{split.split}.DATA_SOURCES"
                     refuse_missing_annotations(split.source, PROTOCOLS[name], key=key, protocol=name)
         self.model = train.make_model(config, splits)
-        others = {"in9", "background_challenge"} & set(self.options.PROTOCOLS)
+        others = BACKGROUND_PROTOCOLS & set(self.options.PROTOCOLS)
         if others and isinstance(self.model, Decoupled):
             raise ConfigError(
                 f"config.EVALUATE_PARTS.PROTOCOLS: {min(others)} has no masks for config.MODEL.NAME='decoupled'. Leave it "
