@@ -19,6 +19,7 @@ from PIL import Image
 
 from vissl_like.config.schema import Job
 from vissl_like.config.schema_parts import PartMaps
+from vissl_like.outputs import figures
 from vissl_like.outputs.part_figures import save_part_maps
 from vissl_like.outputs.report import write_report
 from vissl_like.outputs.report_sections import headline_keys, lines_of
@@ -127,6 +128,21 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         "lr.png",
         "images_per_s.png",
     }
+
+
+def test_the_terms_of_a_loss_have_a_chart(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    names = ("tv", "presence", "orth", "equiv", "classification", "classification_stage_1")
+    terms = [
+        {"kind": "train", "step": s, "epoch": s / 4, "loss": 6 / s} | {f"loss_{name}": 1 / s for name in names}
+        for s in range(1, 9)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in terms))
+    page = Page(write_report(run_dir))
+    assert "Terms of the loss of training steps, with their weights." in page.text
+    chart = np.asarray(Image.open(run_dir / "figures" / "loss_terms.png").convert("RGB")).reshape(-1, 3)
+    for colour in figures.COLOURS[: len(names)]:
+        assert (chart == tuple(bytes.fromhex(colour[1:]))).all(axis=1).any(), colour
 
 
 def test_only_the_folder_is_touched_and_twice_gives_the_same(tmp_path: Path) -> None:

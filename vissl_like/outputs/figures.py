@@ -24,6 +24,8 @@ MONTAGE_TEXT = "#7c8798"
 
 #: From this many points on a noisy curve is drawn faint, with its running mean on top.
 SMOOTH_FROM = 40
+#: The names of more curves than this stand beside the chart.
+MANY_CURVES = 4
 #: A curve is thinned to about this many points before it is drawn.
 MAX_POINTS = 2000
 
@@ -50,7 +52,9 @@ def curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=all(max(x) - min(x) >= 1 for x, _ in lines.values())))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    if len(lines) > 1:
+    if len(lines) > MANY_CURVES:
+        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     return _save(figure, path)
 

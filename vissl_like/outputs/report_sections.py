@@ -137,6 +137,7 @@ def curves(run: RunFolder) -> Section | None:
     x = "epoch" if all("epoch" in record for record in run.metrics) else "step"
     loss = lines_of(train, x=x, take="loss".__eq__, rename="steps")
     loss.update(lines_of(epochs + tests, x=x, take=lambda key: "loss" in key))
+    terms = lines_of(train, x=x, take=lambda key: key.startswith("loss_"))
     measured = lines_of(tests + epochs, x=x, take=lambda key: "loss" not in key and key not in NOT_PLOTTED)
     folder = run.path / "figures"
     drawn = [
@@ -147,6 +148,15 @@ def curves(run: RunFolder) -> Section | None:
             y="loss",
             caption="Loss: of training steps, mean of epochs, test.",
             smooth=True,
+        ),
+        _curve(
+            folder / "loss_terms.png",
+            {key.removeprefix("loss_"): line for key, line in terms.items()},
+            x=x,
+            y="term of the loss",
+            caption="Terms of the loss of training steps, with their weights.",
+            smooth=True,
+            from_zero=True,
         ),
         _curve(folder / "test.png", _main_lines(measured), x=x, y="metric", caption="Metrics after each epoch."),
     ]
