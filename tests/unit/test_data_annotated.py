@@ -378,6 +378,45 @@ def test_part_imagenet(tmp_path: Path) -> None:
         PartImageNetSource.build(request(tmp_path))
 
 
+def test_part_imagenet_ood_cuts_the_training_annotations_in_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vissl_like.data.tools import main
+
+    names = ["n01440764_1", "n01443537_2", "n01440764_3", "n01443537_4"]
+    content = {
+        "images": [
+            {"id": 10 + i, "file_name": f"{name}.JPEG", "height": 9, "width": 9} for i, name in enumerate(names)
+        ],
+        "categories": [{"id": 1, "name": "Fish Head"}],
+        "annotations": [
+            {"id": i, "image_id": 10 + i, "category_id": 1, "area": 9, "segmentation": [[i, 0, 3, 3]]} for i in range(4)
+        ],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    titles = "image_id\tis_test\tlabel_id\tlabel_name\timage_name\n"
+    lines = [f"{i}\t{i // 2}\t{i % 2}\tgreat fish\t{n[:9]}/{n}.JPEG\n" for i, n in enumerate(names)]
+    for start in (titles, ""):
+        (tmp_path / "split.txt").write_text(start + "".join(lines))
+        words = [str(tmp_path / "train.json"), str(tmp_path / "split.txt"), str(tmp_path / "out")]
+        assert main(["part_imagenet_ood", *words]) == 0
+        assert "2 images in train_train.json, 2 images in train_test.json" in capsys.readouterr().out
+    save(tmp_path / "out" / "n01440764" / "n01440764_3.JPEG", size=(9, 9))
+    test = PartImageNetSource.build(request(tmp_path / "out", "TEST", ANNOTATION_PATH="train_test.json"))
+    assert test.paths.tolist() == ["n01440764/n01440764_3.JPEG", "n01443537/n01443537_4.JPEG"]
+    assert [np.argwhere(test.mask(row)).min(axis=0).tolist() for row in (0, 1)] == [[0, 2], [0, 3]]
+    written = json.loads((tmp_path / "out" / "train_test.json").read_text())
+    assert [image["id"] for image in written["images"]] == [0, 1]
+    for text, message in (
+        ("0\t2\t0\ta\tn1.JPEG\n", r"split.txt, line 1: is_test is '2'"),
+        ("0\t1\t0\n", r"split.txt, line 1: .* has 3 fields"),
+        ("0\t1\t0\ta\tn1.JPEG\n", r"train.json: has no image 'n1', which .*split.txt lists"),
+    ):
+        (tmp_path / "split.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            main(["part_imagenet_ood", *words])
+
+
 def test_flowers(tmp_path: Path) -> None:
     from scipy.io import savemat
 

@@ -27,7 +27,7 @@ class PartImageNetSource(ImageFiles):
 
     def __init__(self, root: Path, *, annotations: Path, image_folder: str, name: str = "part_imagenet") -> None:
         self._annotations = annotations
-        content = _coco(annotations)
+        content = read_coco(annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.part_names = [str(category["name"]) for category in categories]
         self._part_number = {category["id"]: number for number, category in enumerate(categories)}
@@ -41,7 +41,7 @@ class PartImageNetSource(ImageFiles):
             raise DataError(f"{annotations}: no image of this file has annotations.")
         self._sizes = [(int(image["height"]), int(image["width"])) for image in images]
         self._of_row = [of_image[image["id"]] for image in images]
-        synsets = [_synset(image["file_name"], file=annotations) for image in images]
+        synsets = [synset_of(image["file_name"], file=annotations) for image in images]
         class_names, labels = np.unique(synsets, return_inverse=True)
         paths = [f"{image_folder}/{image['file_name']}" if image_folder else image["file_name"] for image in images]
         super().__init__(root, paths, labels, name=name, class_names=class_names.tolist())
@@ -63,10 +63,10 @@ class PartImageNetSource(ImageFiles):
         file = Path(request.path).expanduser() / cls._file(request)
         if not file.is_file():
             return None
-        content = _coco(file)
+        content = read_coco(file)
         annotated = {annotation["image_id"] for annotation in content["annotations"]}
         names = [image["file_name"] for image in content["images"] if image["id"] in annotated]
-        return sorted({_synset(name, file=file) for name in names})
+        return sorted({synset_of(name, file=file) for name in names})
 
     @staticmethod
     def _file(request: SourceRequest) -> str:
@@ -90,7 +90,8 @@ class PartImageNetSource(ImageFiles):
         return np.logical_or.reduce(self.part_masks(row))
 
 
-def _coco(file: Path) -> dict[str, Any]:
+def read_coco(file: Path) -> dict[str, Any]:
+    """A COCO annotation file. Raises DataError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,7 +102,8 @@ def _coco(file: Path) -> dict[str, Any]:
     return content
 
 
-def _synset(file_name: str, *, file: Path) -> str:
+def synset_of(file_name: str, *, file: Path) -> str:
+    """The WordNet id that the name of an image starts with. Raises DataError."""
     word = Path(file_name).name.partition("_")[0]
     if not (word.startswith("n") and word[1:].isdigit()):
         raise DataError(f"{file}: the image {file_name!r} does not start with a WordNet id such as n01440764_.")

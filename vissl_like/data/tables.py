@@ -35,15 +35,15 @@ class Table:
         return DataError(f"{self.file}, line {int(self.lines[row])}: {what}")
 
 
-def read_table(file: Path, **fields: str) -> Table:
-    """Read a file whose lines hold these fields, in this order.
+def read_table(file: Path, *, separator: str | None = None, **fields: str) -> Table:
+    """Read a file whose lines hold these fields, in this order, separated by blanks (or `separator`).
 
     Each field is "i" (whole number), "f" (finite number), "s" (a word) or "r" (the rest of the line). Empty lines are
     passed over. Raises DataError for a missing file, a line of another form, or a file without records.
     """
     found: dict[str, list[object]] = {name: [] for name in fields}
     lines = []
-    for number, words in _records(file, fields):
+    for number, words in _records(file, fields, separator):
         for (name, kind), word in zip(fields.items(), words):
             found[name].append(_value(word, kind, file=file, line=number, name=name))
         lines.append(number)
@@ -54,7 +54,7 @@ def read_table(file: Path, **fields: str) -> Table:
     return Table(file, columns, np.array(lines, dtype=np.int64))
 
 
-def _records(file: Path, fields: dict[str, str]) -> Iterator[tuple[int, list[str]]]:
+def _records(file: Path, fields: dict[str, str], separator: str | None) -> Iterator[tuple[int, list[str]]]:
     try:
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -63,7 +63,7 @@ def _records(file: Path, fields: dict[str, str]) -> Iterator[tuple[int, list[str
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        words = line.split(maxsplit=len(fields) - 1) if has_rest else line.split()
+        words = line.split(separator, maxsplit=len(fields) - 1 if has_rest else -1)
         if len(words) != len(fields):
             raise DataError(
                 f"{file}, line {number}: {line.strip()[:80]!r} has {len(words)} fields; expected {_form(fields)}."

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     """The words after `data`. Returns the exit code; what the user can mend is raised as UserError."""
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: vissl-like data VERB ...\n\n" + "\n".join(f"  {name:<16}{_WORDS[name]}" for name in _VERBS))
+        print("usage: vissl-like data VERB ...\n\n" + "\n".join(f"  {name:<20}{_WORDS[name]}" for name in _VERBS))
         return 0
     verb = words[0]
     if verb not in _VERBS:
@@ -59,6 +59,21 @@ def _siim_acr(words: list[str]) -> int:
     return 0
 
 
+def _part_imagenet_ood(words: list[str]) -> int:
+    parser = _Parser(prog="vissl-like data part_imagenet_ood", description=_WORDS["part_imagenet_ood"])
+    parser.add_argument("annotations", metavar="TRAIN_JSON", help="the download's annotations of the training images")
+    parser.add_argument(
+        "table", metavar="TABLE", help="tab-separated: image_id, is_test, label_id, label_name, image_name"
+    )
+    parser.add_argument("target", metavar="DST", help="the folder that train_train.json and train_test.json go into")
+    given = parser.parse_args(words[1:])
+    from vissl_like.data.part_imagenet_ood import resplit
+
+    counts = resplit(Path(given.annotations), Path(given.table), Path(given.target))
+    print(f"{given.target}: " + ", ".join(f"{count} images in {name}" for name, count in counts.items()))
+    return 0
+
+
 def _toy(words: list[str], *, which: str) -> int:
     parser = _Parser(prog=f"vissl-like data {which}", description=_WORDS[which])
     parser.add_argument("target", metavar="DST", help="the new folder")
@@ -84,6 +99,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "shrink": _shrink,
     "index": _index,
     "siim_acr": _siim_acr,
+    "part_imagenet_ood": _part_imagenet_ood,
     "toybirds": partial(_toy, which="toybirds"),
     "toy_waterbirds": partial(_toy, which="toy_waterbirds"),
 }
@@ -91,6 +107,7 @@ _WORDS = {
     "index": "SHARDS: lists of what tar shards hold, for those who fetch them",
     "shrink": "SRC DST: a smaller copy of a folder of images, or shards of them",
     "siim_acr": "SRC TUBES DST: the SIIM-ACR download in the layout of the data source siim_acr",
+    "part_imagenet_ood": "TRAIN_JSON TABLE DST: PartImageNet's training annotations, cut into training and test",
     "toybirds": "DST: drawn birds with parts, in the files of CUB-200-2011",
     "toy_waterbirds": "DST: drawn birds on telling backgrounds, in the files of Waterbirds",
 }
