@@ -105,9 +105,10 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_training(
     assert "part_maps" in caplog.text and "goes on without" in caplog.text
 
 
-def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path) -> None:
+def test_a_test_alone_draws_what_was_loaded(birds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(job("train", birds, PART_MAPS={"SAVING_PROB": 1e-9}, TEST_ONLY=True), tmp_path)
     assert drawn(tmp_path) == ["0000_00000.jpg", "0000_00000.json"]
+    assert "what is measured are random weights" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------- terms of the loss

@@ -127,6 +127,7 @@ class _Evaluation:
                 "config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out, or use parts or two_stage."
             )
         train.start_weights(self.model, config, run_dir)
+        train.warn_of_random_weights(config, self.model)
 
     def run(self) -> dict[str, Any]:
         results: dict[str, Any] = {}

@@ -86,7 +86,9 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
             start_prototypes(model, splits.train, config, loading=reading, batch=plan.batch_per_rank)
     try:
         if splits.train is None:
-            if saved is not None:
+            if saved is None:
+                warn_of_random_weights(config, model)
+            else:
                 saved.load_into(model)
             return test_only(job, model, splits, plan, run_dir, averages=saved_averages(config, saved))
         return train(job, model, splits, plan, run_dir, saved)
@@ -208,6 +210,16 @@ def start_weights(model: VisionModel, config: Config, run_dir: Path) -> None:
     if distributed.is_main():
         log.info("%s", report.table())
         write_text(run_dir / WEIGHTS_REPORT, report.to_json())
+
+
+def warn_of_random_weights(config: Config, model: VisionModel) -> None:
+    """Say so if a model is measured that nothing was loaded into."""
+    is_random = not config.MODEL.WEIGHTS_INIT.PARAMS_FILE and next(model.parameters(), None) is not None
+    if is_random and distributed.is_main():
+        log.warning(
+            "config.MODEL.WEIGHTS_INIT.PARAMS_FILE is empty and the run's folder holds no save: what is measured are random "
+            "weights."
+        )
 
 
 def train(
