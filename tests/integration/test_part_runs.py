@@ -14,7 +14,7 @@ from tests.integration.test_engines import job_of, run, run_ranks
 from vissl_like.config.schema import Job
 from vissl_like.config.schema_parts import PartsLoss
 from vissl_like.data import toybirds
-from vissl_like.errors import ConfigError
+from vissl_like.errors import ConfigError, UserError
 from vissl_like.outputs.report_parts import part_pictures
 from vissl_like.outputs.run_folder import RunFolder
 from vissl_like.outputs.writers import read_metrics
@@ -236,8 +236,27 @@ def test_backgrounds_alone_need_no_other_images(birds: Path, challenge: Path, tm
             "has no part maps, which thresholds",
         ),
         ({"MODEL__NAME": "decoupled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["in9"]}}, "no masks for"),
+        ({"EVALUATE_PARTS": {"PROTOCOLS": ["classification", "leave_one_out"]}}, "'parts' has none. Use two_stage"),
+        (
+            {
+                "MODEL__NAME": "two_stage",
+                "MODEL__TRUNK": VIT,
+                "EVALUATE_PARTS": {"PROTOCOLS": ["classification", "leave_one_out"], "FIXED_PARTS": [9]},
+            },
+            r"FIXED_PARTS=\[9\]: there is no part 9",
+        ),
+        (
+            {"MODEL__NAME": "pooled", "MODEL__TRUNK": VIT, "EVALUATE_PARTS": {"PROTOCOLS": ["thresholds"]}},
+            "has no part maps, which thresholds of",
+        ),
+        (
+            {"EVALUATE_PARTS": {"PROTOCOLS": ["classification", "in9"], "BACKGROUNDS": {"PATH": "."}}},
+            "original/val: no such folder",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be(birds: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    """Said before anything is measured or drawn."""
+    with pytest.raises(UserError, match=message):
         run(job("evaluate_parts", birds, **changes), tmp_path)
+    assert not (tmp_path / "part_maps").exists() and not (tmp_path / "weights_report.json").exists()

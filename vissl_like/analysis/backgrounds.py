@@ -78,6 +78,17 @@ def stand_in(config: Config) -> ImageDataset:
     )
 
 
+def refuse_missing_folders(config: Config) -> None:
+    """Raises ConfigError or DataError unless the folders are there that the protocols read."""
+    asked, options = config.EVALUATE_PARTS.PROTOCOLS, config.EVALUATE_PARTS.BACKGROUNDS
+    variants = [*(options.VARIANTS if "in9" in asked else ())]
+    variants += ["original", options.ONLY_BACKGROUNDS] if "background_challenge" in asked else []
+    for variant in variants:
+        folder = _root(config) / variant / "val"
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; {KEY}.PATH is the folder of ImageNet-9.")
+
+
 @dataclass(frozen=True)
 class Backgrounds:
     """A model and the folder of ImageNet-9, seen through the transforms of TEST.

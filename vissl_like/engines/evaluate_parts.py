@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vissl_like.analysis import part_evaluation, part_speed
-from vissl_like.analysis.backgrounds import Backgrounds, stand_in
+from vissl_like.analysis.backgrounds import Backgrounds, refuse_missing_folders, stand_in
 from vissl_like.analysis.extraction import Loading, outputs
 from vissl_like.analysis.part_evaluation import PROTOCOLS, Measured, framing_of
 from vissl_like.analysis.part_metrics import LogitHistogram
@@ -114,6 +114,12 @@ class _Evaluation:
                     key = f"config.DATA.{split.split}.DATA_SOURCES"
                     refuse_missing_annotations(split.source, PROTOCOLS[name], key=key, protocol=name)
         self.model = train.make_model(config, splits)
+        self._refuse_what_cannot_be()
+        train.start_weights(self.model, config, run_dir)
+        train.warn_of_random_weights(config, self.model)
+
+    def _refuse_what_cannot_be(self) -> None:
+        """Raise ConfigError for protocols that do not go with the model, before anything is measured."""
         others = BACKGROUND_PROTOCOLS & set(self.options.PROTOCOLS)
         if others and isinstance(self.model, Decoupled):
             raise ConfigError(
@@ -123,11 +129,18 @@ class _Evaluation:
         of_maps = [name for name in self.options.PROTOCOLS if name in PROTOCOLS or name == "thresholds"]
         if of_maps and not isinstance(self.model, StageOne | TwoStage):
             raise ConfigError(
-                f"config.MODEL.NAME={config.MODEL.NAME!r}: has no part maps, which {of_maps[0]} of "
+                f"config.MODEL.NAME={self.config.MODEL.NAME!r}: has no part maps, which {of_maps[0]} of "
                 "config.EVALUATE_PARTS.PROTOCOLS needs. Leave it out, or use parts or two_stage."
             )
-        train.start_weights(self.model, config, run_dir)
-        train.warn_of_random_weights(config, self.model)
+        if "leave_one_out" in self.options.PROTOCOLS:
+            if not isinstance(self.model, TwoStage):
+                raise ConfigError(
+                    "config.EVALUATE_PARTS.PROTOCOLS: leave_one_out takes parts out of the mask of stage 2; "
+                    f"config.MODEL.NAME={self.config.MODEL.NAME!r} has none. Use two_stage."
+                )
+            leave_one_out(self.config.MODEL.PARTS.NUM_PARTS, fixed=self.options.FIXED_PARTS)
+        if others:
+            refuse_missing_folders(self.config)
 
     def run(self) -> dict[str, Any]:
         results: dict[str, Any] = {}
@@ -224,11 +237,6 @@ class _Evaluation:
     def interventions(self) -> dict[str, float]:
         """Accuracy of stage 2 without each part, beside FIXED_PARTS."""
         model: Any = self.model
-        if not isinstance(model, TwoStage):
-            raise ConfigError(
-                f"config.EVALUATE_PARTS.PROTOCOLS: leave_one_out takes parts out of the mask of stage 2; "
-                f"config.MODEL.NAME={self.config.MODEL.NAME!r} has none. Use two_stage."
-            )
         before: Any = model.options
         results: dict[str, float] = {}
         for removed in leave_one_out(before.NUM_PARTS, fixed=self.options.FIXED_PARTS):

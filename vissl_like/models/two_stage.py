@@ -135,17 +135,17 @@ class TwoStage(PartInputs):
         return masked_logits(trunk, self.heads["stage_2"], images, mask, options=self.options)
 
 
-def check_parts(parts: Sequence[int], *, num_parts: int) -> None:
+def check_parts(parts: Sequence[int], *, num_parts: int, key: str = "config.MODEL.PARTS.REMOVE_PARTS") -> None:
     """ConfigError for a part number that does not exist."""
     wrong = [part for part in parts if not 0 <= part < num_parts]
     if wrong:
         raise ConfigError(
-            f"config.MODEL.PARTS.REMOVE_PARTS={list(parts)}: there is no part {wrong[0]}; parts are 0 to {num_parts - 1}"
+            f"{key}={list(parts)}: there is no part {wrong[0]}; parts are 0 to {num_parts - 1}"
             f" (config.MODEL.PARTS.NUM_PARTS={num_parts})."
         )
 
 
 def leave_one_out(num_parts: int, *, fixed: Sequence[int] = ()) -> list[tuple[int, ...]]:
     """The sets of parts to remove, one evaluation each: every part alone, or together with the fixed ones."""
-    check_parts(fixed, num_parts=num_parts)
+    check_parts(fixed, num_parts=num_parts, key="config.EVALUATE_PARTS.FIXED_PARTS")
     return [(*fixed, part) for part in range(num_parts) if part not in fixed]
