@@ -366,6 +366,21 @@ def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> N
     assert cells[3] == ["foreground IoU\N{NO-BREAK SPACE}↑", "61.0", "44.0", "–", "–", "–"]
 
 
+def test_what_each_part_is_worth_to_stage_2(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "eval", engine="evaluate_parts")
+    found = {"test_top_1": 80.0, "test_worst_group": 60.0, "without_0_top_1": 71.5, "without_0_worst_group": 40.0}
+    write_json(run_dir / "results.json", {**found, "without_1_0_top_1": 85.0, "without_1_0_top_1_stage_1": 1.0})
+    page = Page(write_report(run_dir))
+    block = page.html[page.html.index('id="parts"') : page.html.index('id="results"')]
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", block)]
+    assert cells == [
+        ["parts in the mask", "top 1", "change", "worst group"],
+        ["all parts", "80.0", "–", "60.0"],
+        ["without 0", "71.5", "-8.5", "40.0"],
+        ["without 1, 0", "85.0", "5.0", "–"],
+    ]
+
+
 def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:
     stages = {"STAGES": [{"NAME": "train"}, {"NAME": "measure_epoch_0"}, {"NAME": "measure"}]}
     run_dir = make_run(tmp_path / "whole", engine="pipeline", PIPELINE=stages)

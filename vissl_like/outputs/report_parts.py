@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -31,6 +32,9 @@ COLUMNS = {"": "this model", "epoch0_": "before training", "random_": "random ma
 #: The keypoint error of no parts at all stands in a column of its own.
 MEAN_KEY, MEAN_COLUMN = "keypoint_error_of_mean", "mean position"
 
+#: Key of results.json -> the parts that are left out.
+REMOVAL = re.compile(r"(?P<prefix>without_(?P<parts>\d+(_\d+)*))_top_1")
+
 #: What is added to the name of a stage to name the one that measures the same model before its training.
 EPOCH_0 = "_epoch_0"
 
@@ -51,9 +55,10 @@ def parts(run: RunFolder) -> Section | None:
     found = next((pictures for folder in folders if (pictures := part_pictures(folder))), [])
     measured = [folder for folder in folders if _measures_parts(folder)]
     table = next((text for folder in measured if (text := measures_table(_with_epoch_0(folder, measured)))), "")
-    if not found and not table:
+    removals = next((text for folder in measured if (text := removals_table(folder.results))), "")
+    if not found and not table and not removals:
         return None
-    return Section("Parts", _pictures(found) + table)
+    return Section("Parts", _pictures(found) + table + removals)
 
 
 def _measures_parts(run: RunFolder) -> bool:
@@ -96,6 +101,31 @@ def _caption(one: PartPicture) -> str:
     when = f"After epoch {one.epoch}" if one.epoch else "As loaded"
     background = 100 * float(one.about["area"][-1])
     return f"{when}, test batch {one.batch}: {background:.0f} % of the area is background."
+
+
+def removals_table(results: Mapping[str, Any]) -> str:
+    """Accuracies of stage 2 without some of the parts (leave_one_out), and what is lost by that; "" without any."""
+    rows = []
+    for key, value in results.items():
+        match = REMOVAL.fullmatch(key)
+        if not match:
+            continue
+        worst, whole = results.get(f"{match['prefix']}_worst_group"), results.get("test_top_1")
+        change = None if whole is None else value - whole
+        rows.append((f"without {match['parts'].replace('_', ', ')}", [value, change, worst]))
+    if not rows:
+        return ""
+    whole = [results.get("test_top_1"), None, results.get("test_worst_group")]
+    rows = ([("all parts", whole)] if whole[0] is not None else []) + rows
+    shown = [i for i in range(3) if any(numbers[i] is not None for _, numbers in rows)]
+    head = "".join(f'<th class="n">{("top 1", "change", "worst group")[i]}</th>' for i in shown)
+    lines = "".join(
+        f"<tr><td>{escape(title)}</td>"
+        + "".join(f'<td class="n">{one_decimal(numbers[i])}</td>' for i in shown)
+        + "</tr>"
+        for title, numbers in rows
+    )
+    return f'<div class="scroll"><table class="result"><tr><th>parts in the mask</th>{head}</tr>{lines}</table></div>'
 
 
 def measures_table(results: Mapping[str, Any]) -> str:
