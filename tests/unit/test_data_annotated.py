@@ -83,6 +83,9 @@ def test_toybirds_are_drawn_where_they_are_missing(tmp_path: Path, monkeypatch: 
         TEST=Split(DATA_SOURCES=["toybirds"], DATA_PATHS=[str(tmp_path / "birds")]),
     )
     assert len(build_dataset(data, "TRAIN", seed=0)) == 16 and len(build_dataset(data, "TEST", seed=0)) == 8
+    (tmp_path / "birds" / toybirds.DONE).write_text("0\n")
+    with pytest.raises(DataError, match="these birds are of version '0'"):
+        build_dataset(data, "TRAIN", seed=0)
     (tmp_path / "birds" / toybirds.DONE).unlink()
     with pytest.raises(DataError, match="holds something else"):
         build_dataset(data, "TRAIN", seed=0)
@@ -160,18 +163,30 @@ def change(file: Path, line: int, text: str | None) -> None:
     ("name", "line", "text", "message"),
     [
         ("image_class_labels.txt", 3, "3 one", r"image_class_labels.txt, line 3: class_id is 'one', .* whole number"),
-        ("image_class_labels.txt", 3, None, r"image_class_labels.txt: has no line for image_id 3, .*images.txt lists"),
+        (
+            "image_class_labels.txt",
+            3,
+            None,
+            r"image_class_labels.txt: has no line for image_id 3, .*images.txt, line 3 lists",
+        ),
         ("image_class_labels.txt", 3, "99 1", r"has no line for image_id 3"),
         ("image_class_labels.txt", 3, "2 1", r"line 3: image_id 2 stands there a second time; the first is in line 2"),
         ("train_test_split.txt", 5, "5 2", r"train_test_split.txt, line 5: is_train is 2, not 1 \(train\) or 0"),
         ("train_test_split.txt", 5, "5", r"line 5: '5' has 1 fields; expected <image_id> <is_train>"),
         ("images.txt", 4, "4 001.Gone/a.png", r"images.txt, line 4: .*001.Gone/a.png is not there"),
         ("bounding_boxes.txt", 2, "2 1.0 nan 3 4", r"bounding_boxes.txt, line 2: y is 'nan', which is not a number"),
-        ("parts/part_locs.txt", 7, None, r"part_locs.txt: has no line for part 7 of image 1"),
+        (
+            "parts/part_locs.txt",
+            7,
+            None,
+            r"part_locs.txt: has no line for part 7 of image 1, which .*images.txt, line 1 lists",
+        ),
         ("parts/part_locs.txt", 7, "1 77 3 3 1", r"part_locs.txt, line 7: part_id 77 is not in parts.txt"),
         ("parts/part_locs.txt", 7, "77 7 3 3 1", r"part_locs.txt, line 7: image_id 77 is not in images.txt"),
         ("parts/part_locs.txt", 7, "1 6 3 3 1", r"part_locs.txt, line 7: part 6 of image 1 stands there a second"),
         ("classes.txt", 2, None, r"classes.txt: has no line for class_id 2"),
+        ("classes.txt", 2, "1 x", r"classes.txt, line 2: class_id 1 stands there a second time"),
+        ("parts/parts.txt", 2, "1 x", r"parts.txt, line 2: part_id 1 stands there a second time"),
         ("images.txt", 2, "1 001.Plain_Toybird/a.png", r"images.txt, line 2: image_id 1 stands there a second time"),
         (
             "image_class_labels.txt",

@@ -31,7 +31,6 @@ class CubFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.images = read_table(root / "images.txt", image_id="s", path="r")
-        index_of(self.images, "image_id")  # an id that stands there twice is an error
         self.ids = [str(value) for value in self.images["image_id"]]
         self.paths = [str(value) for value in self.images["path"]]
         classes, rows = self._of_images("image_class_labels.txt", class_id="i")
@@ -41,7 +40,7 @@ class CubFolder:
     def _of_images(self, name: str, **fields: str) -> tuple[Table, np.ndarray]:
         """A table with one line per image, and its rows in the order of images.txt."""
         table = read_table(self.root / name, image_id="s", **fields)
-        return table, aligned(table, "image_id", self.ids, of=self.images.file)
+        return table, aligned(table, "image_id", self.images)
 
     def _split(self) -> np.ndarray:
         table, rows = self._of_images("train_test_split.txt", is_train="i")
@@ -56,6 +55,7 @@ class CubFolder:
         if not file.exists():
             return [str(number) for number in self.class_ids.tolist()]
         table = read_table(file, class_id="i", name="r")
+        index_of(table, "class_id")  # an id that stands there twice is an error
         names = dict(zip(table["class_id"].tolist(), table["name"].tolist()))
         missing = [number for number in self.class_ids.tolist() if number not in names]
         if missing:
@@ -72,12 +72,18 @@ class CubFolder:
 
     @functools.cached_property
     def keypoint_names(self) -> list[str]:
-        return [str(name) for name in read_table(self.root / "parts" / "parts.txt", part_id="i", name="r")["name"]]
+        return [str(name) for name in self._parts["name"]]
+
+    @functools.cached_property
+    def _parts(self) -> Table:
+        table = read_table(self.root / "parts" / "parts.txt", part_id="i", name="r")
+        index_of(table, "part_id")
+        return table
 
     @functools.cached_property
     def keypoints(self) -> np.ndarray:
         """float64 (N, P, 3): x, y in pixels of the original image, and 1 where visible (else 0 0 0)."""
-        ids = read_table(self.root / "parts" / "parts.txt", part_id="i", name="r")["part_id"].tolist()
+        ids = self._parts["part_id"].tolist()
         table = read_table(self.root / "parts" / "part_locs.txt", image_id="s", part_id="i", x="f", y="f", visible="i")
         number_of_part = {part: number for number, part in enumerate(ids)}
         number_of_image = {image: number for number, image in enumerate(self.ids)}
@@ -92,7 +98,10 @@ class CubFolder:
                 points[place] = table["x"][row], table["y"][row], 1
         if not seen.all():
             image, part = np.argwhere(~seen)[0]
-            raise DataError(f"{table.file}: has no line for part {ids[part]} of image {self.ids[image]}.")
+            where = f"{self.images.file}, line {int(self.images.lines[image])}"
+            raise DataError(
+                f"{table.file}: has no line for part {ids[part]} of image {self.ids[image]}, which {where} lists."
+            )
         return points
 
     def rows(self, split: str, options: TrainSplit) -> np.ndarray:

@@ -133,14 +133,15 @@ def index_of(table: Table, name: str, *, allow_repeats: bool = False) -> dict[st
     return index
 
 
-def aligned(table: Table, name: str, values: Sequence[str], *, of: Path) -> np.ndarray:
-    """Rows of `table`, int64 (N,), whose `name` is each of `values`; those are the entries of the file `of`."""
-    index = index_of(table, name)
-    missing = [value for value in values if value not in index]
+def aligned(table: Table, name: str, to: Table) -> np.ndarray:
+    """Rows of `table`, int64 (N,), whose `name` is that of each row of `to`. Both hold the same values, each once."""
+    index, wanted = index_of(table, name), index_of(to, name)
+    missing = [row for value, row in wanted.items() if value not in index]
     if missing:
         more = f" and {len(missing) - 1} more" * (len(missing) > 1)
-        raise DataError(f"{table.file}: has no line for {name} {missing[0]}{more}, which {of} lists.")
-    if len(index) > len(values):
-        extra = next(iter(set(index) - set(values)))
-        raise table.problem(index[extra], f"{name} {extra} is not in {of}.")
-    return np.array([index[value] for value in values], dtype=np.int64)
+        where = f"{to.file}, line {int(to.lines[missing[0]])}"
+        raise DataError(f"{table.file}: has no line for {name} {to[name][missing[0]]}{more}, which {where} lists.")
+    extra = [row for value, row in index.items() if value not in wanted]
+    if extra:
+        raise table.problem(extra[0], f"{name} {table[name][extra[0]]} is not in {to.file}.")
+    return np.array([index[value] for value in wanted], dtype=np.int64)

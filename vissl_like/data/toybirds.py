@@ -343,6 +343,12 @@ def _drawn(request: SourceRequest, write: Callable[[Path], None]) -> Path:
     on_main(lambda: make_folder(folder, write))
     if not (folder / DONE).exists():
         raise DataError(f"{request.key('DATA_PATHS')}={request.path!r}: holds something else; name a new folder.")
+    version = (folder / DONE).read_text(encoding="utf-8", errors="replace").strip()
+    if version != str(VERSION):
+        raise DataError(
+            f"{folder / DONE}: these birds are of version {version!r}; this program draws version {VERSION}. Remove the "
+            "folder, or name a new one."
+        )
     return folder
 
 
