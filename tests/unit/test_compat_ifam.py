@@ -193,6 +193,14 @@ def test_chest_radiographs_have_their_own_transforms_whatever_the_flag_says() ->
     assert asked["config.DATA.TRAIN.TRANSFORMS"][0] == {"name": "Resize", "size": [448, 448]}
 
 
+def test_a_command_of_pdiscoformer_is_recognised() -> None:
+    text = "train_net.py --modulation_type layer_norm --modulation_orth --freeze_params"
+    assert any("--script train_net_pdisco" in line for line in ifam.translate(text).notices)
+    found = ifam.translate(text, script="train_net_pdisco")
+    assert not any("--script" in line for line in found.notices)
+    assert found.overrides["config.MODEL.NAME"] == "parts" and not found.without
+
+
 def test_an_ignored_split_is_said() -> None:
     notices = ifam.translate("train_net.py --train_split 0.8 --eval_mode test").notices
     assert any("--train_split 0.8: the original reads it and trains on all images" in line for line in notices)

@@ -16,6 +16,7 @@ from vissl_like.compat.ifam_flags import (
     DOCUMENTED,
     FLAGS,
     SINGLE,
+    SINGLE_ONLY,
     TWO_STAGE,
     Command,
     read_command,
@@ -41,6 +42,12 @@ def translate(text: str, *, script: str = "") -> Translation:
     """The recipe and the overrides that do what a command of the original is meant to do."""
     command = read_command(text, script=script)
     result = Translation(recipe="parts/ifam", notices=command.notices)
+    single = [f"--{flag}" for flag in SINGLE_ONLY if flag in command.given]
+    if single and command.script == TWO_STAGE and not script:
+        result.notices.append(
+            f"{', '.join(single)}: PDiscoFormer has this, whose script is called train_net, too; for a command of it write "
+            f"`translate ifam --script {SINGLE} -- ...`. Here it is read as iFAM's, with two stages"
+        )
     for part in (_model, _parts, _data, _optimizer, _losses, _run, _tracking, _without):
         part(command, result)
     for flag in DOCUMENTED:

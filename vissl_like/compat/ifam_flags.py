@@ -62,6 +62,11 @@ FLAGS: dict[str, tuple[type, Any]] = {
     "metadata_path": (str, ""), "species_id_to_name_file": (str, ""), "modulation_type": (str, "original"),
     "modulation_orth": (bool, False), "classifier_type": (str, "linear"), "noise_variance": (float, 0.0),
 }  # fmt: skip
+#: Flags of PDiscoFormer's script, which has the name of iFAM's.
+SINGLE_ONLY = (
+    *("freeze_params", "modulation_type", "modulation_orth", "classifier_type", "noise_variance"),
+    "gumbel_softmax_temperature",
+)
 #: Texts of which the parser knows a few, so that a placeholder means the default.
 _CHOICES = ("wandb_mode", "dataset", "eval_mode", "augmentations_to_use", "optimizer_type", "scheduler_type")
 #: Defaults that the documentation gives, where the parser has others.

@@ -42,6 +42,8 @@ def _translate(words: list[str]) -> int:
         script = options[1]
     elif options:
         raise ConfigError(f"translate: {options[0]!r} is not understood; the command comes after `--`.")
+    if not command and sys.stdin.isatty():
+        raise ConfigError(f"translate {system}: give the command after `--`, or in a file: translate {system} < FILE.")
     text = " ".join(shlex.quote(word) for word in command) if command else sys.stdin.read()
     print(importlib.import_module(SYSTEMS[system]).translate(text, script=script).text())
     return 0
