@@ -294,6 +294,33 @@ def test_translated_commands_pass_a_dry_run(name: str, root: Path, capsys: pytes
     assert "2.828e-06" in out
 
 
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (
+            "train_net",
+            "--augmentations_to_use timm --train_interpolation random --reprob 0.2 --cutmix 1 --averaging_type ema",
+        ),
+        ("train_net", "--optimizer_type lambc --use_soft_masks --use_amp --smoothing 0.1 --grad_accumulation_steps 2"),
+        ("train_net_decoupled", "--late_masking"),
+        ("train_net_baseline", "--pooling_type gap_cls --use_bce_loss"),
+        ("train_net_pdisco", "--scheduler_type steplr --modulation_type layer_norm --modulation_orth --gumbel_softmax"),
+        ("train_net_pdisco", "--model_arch resnet50 --use_torchvision_resnet_model"),
+    ],
+)
+def test_other_scripts_and_settings_pass_a_dry_run(
+    script: str, flags: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = ifam.translate(
+        f"{script}.py --data_path {shlex.quote(str(root / 'CUB_200_2011'))} --image_size 56 {flags}", script=script
+    )
+    trunk = [] if "resnet" in flags else [SMALL_TIMM]
+    code = main([*found.words(), *trunk, "config.RUN.DRY_RUN=true"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "TRAIN: 115 images" in out  # 0.9 of 128
+
+
 NASTY = (
     "a b",
     "it's",

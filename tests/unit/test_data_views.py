@@ -109,6 +109,13 @@ def test_named_transform_equals_the_library(entry: dict[str, Any], reference: An
         assert torch.equal(pixels(entry, seed=seed), expected)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_timms_policy_takes_its_own_words(interpolation: str) -> None:
+    entry = {"name": "TimmTrain", "size": 12, "interpolation": interpolation}
+    data, _ = build_views([entry, {"name": "ToTensor"}], key="KEY")(Image.new("RGB", (30, 20), (9, 99, 200)))
+    assert data.shape == (3, 12, 12)
+
+
 def test_random_erasing_stays_behind_the_normalisation() -> None:
     names = [t("ToTensor"), t("Normalize", mean=MEAN, std=STD), t("RandomErasing", p=1.0, value=0.0)]
     found = pixels(*names)

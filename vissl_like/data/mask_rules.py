@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+#: Kinds of models (MODEL.NAME) that are given the masks of their images.
+MODELS_WITH_MASKS = ("decoupled",)
 #: Transforms that would move the image without its mask, and what to use.
 _WOULD_PART: dict[str, str] = {
     **dict.fromkeys(

@@ -202,9 +202,11 @@ def transform_signature(name: str) -> str:
     return str(inspect.signature(_maker_of(name)))
 
 
-def check_transforms(transforms: list[dict[str, Any]], key: str, *, input_type: str = "rgb") -> list[str]:
+def check_transforms(
+    transforms: list[dict[str, Any]], key: str, *, input_type: str = "rgb", with_masks: bool = False
+) -> list[str]:
     """Everything wrong with a TRANSFORMS list, one message each; needs no data. `key` is its dotted key."""
-    return _assemble(transforms, key=key, input_type=input_type)[1]
+    return _assemble(transforms, key=key, input_type=input_type, with_masks=with_masks)[1]
 
 
 def build_views(
@@ -399,7 +401,7 @@ def _maker_of(name: str) -> Any:
 def _converted(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Words of the YAML that stand for Python objects: interpolation, dtype, policy."""
     made = dict(arguments)
-    if "interpolation" in made:
+    if "interpolation" in made and name != "TimmTrain":  # timm has words of its own
         made["interpolation"] = interpolation_mode(made["interpolation"])
     if "dtype" in made:
         made["dtype"] = _dtype(made["dtype"])

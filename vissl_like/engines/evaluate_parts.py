@@ -29,9 +29,9 @@ from vissl_like.core.on_main import on_main
 from vissl_like.data.annotated import has_annotation, refuse_missing_annotations
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
+from vissl_like.data.mask_rules import MODELS_WITH_MASKS
 from vissl_like.engines import feeds, train
 from vissl_like.engines.feeds import Splits
-from vissl_like.engines.part_setup import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
 from vissl_like.files import write_json
 from vissl_like.models.masked_vit import Decoupled

@@ -18,9 +18,6 @@ from vissl_like.data.images import ImageDataset
 from vissl_like.errors import ConfigError
 from vissl_like.optim import groups as param_groups
 
-#: Kinds of models (MODEL.NAME) that are given the masks of their images.
-MODELS_WITH_MASKS = ("decoupled",)
-
 
 def make_groups(model: torch.nn.Module, options: Optimizer) -> list[param_groups.Group]:
     """The parameter groups of OPTIMIZER.PARAM_GROUP_CONSTRUCTOR."""

@@ -25,8 +25,9 @@ from vissl_like.core.on_main import on_main
 from vissl_like.core.weights import load_initial_weights
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
+from vissl_like.data.mask_rules import MODELS_WITH_MASKS
 from vissl_like.engines.feeds import Splits, loading, make_feed, test_feed, train_feed
-from vissl_like.engines.part_setup import MODELS_WITH_MASKS, make_groups, start_prototypes, test_facts
+from vissl_like.engines.part_setup import make_groups, start_prototypes, test_facts
 from vissl_like.errors import ConfigError, WeightsError
 from vissl_like.files import write_text
 from vissl_like.models.ema import Ema

@@ -71,7 +71,7 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
 def open_split(job: Job, split: str) -> ImageDataset:
     """The data set of a split, as the job would have it."""
     from vissl_like.data.dataset import build_dataset
-    from vissl_like.engines.part_setup import MODELS_WITH_MASKS
+    from vissl_like.data.mask_rules import MODELS_WITH_MASKS
 
     config = job.config
     is_trained = job.engine_name == "train"

@@ -11,6 +11,7 @@ from vissl_like.config.check import compose_stage, report
 from vissl_like.config.rules import check_files, used_splits
 from vissl_like.config.schema import Job
 from vissl_like.config.stages import stage_jobs
+from vissl_like.data.mask_rules import MODELS_WITH_MASKS
 from vissl_like.errors import ConfigError
 from vissl_like.files import read_json
 from vissl_like.launch import outputs
@@ -57,7 +58,8 @@ def check_transforms(job: Job) -> None:
             from vissl_like.data.views import check_transforms as problems_of
 
             key, kind = f"config.DATA.{split}.TRANSFORMS", config.MODEL.INPUT_TYPE
-            problems.update(dict.fromkeys(problems_of(transforms, key, input_type=kind)))
+            with_masks = config.MODEL.NAME in MODELS_WITH_MASKS
+            problems.update(dict.fromkeys(problems_of(transforms, key, input_type=kind, with_masks=with_masks)))
     if problems:
         raise ConfigError(report(list(problems)))
 
