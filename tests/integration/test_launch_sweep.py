@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from vissl_like.launch.main import main
 from vissl_like.launch.sweep import LEDGER, read
 
 HERE = Path(__file__).parent
+TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
 ENDINGS = ["-m", "engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=s"]
 
 
@@ -52,6 +58,25 @@ def test_a_killed_point_does_not_take_the_sweep_with_it() -> None:
     assert main([*ENDINGS, "config.RUN.NAME=killed,ok"]) == 137
     lines = read(Path("s") / LEDGER)
     assert [(line["status"], line["exit"]) for line in lines] == [("failed", 137), ("done", 0)]
+
+
+def test_a_signal_lets_the_running_point_save_and_starts_no_other() -> None:
+    """To the sweep alone, as a scheduler may send it."""
+    command = subprocess.Popen(
+        [sys.executable, str(TOOL), *ENDINGS, "config.RUN.NAME=stop", "config.SEED_VALUE=1,2"],
+        env=os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    listening, deadline = Path("s/SEED_VALUE-1/listening"), time.monotonic() + 150
+    while not listening.exists() and command.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    command.terminate()
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 75, error
+    assert "stopped by SIGTERM after step 1." in error and "the other runs of the sweep were not started" in error
+    assert [(line["status"], line["exit"]) for line in read(Path("s") / LEDGER)] == [("stopped", 75)]
+    assert not Path("s/SEED_VALUE-2").exists()
 
 
 def test_a_dry_run_of_a_sweep_lists_the_points(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,9 +37,11 @@ class Table:
 
     def nearest(self, block: Tensor) -> Tensor:
         """(b, D) -> index (b,) of the nearest centroid; the lowest index of equals."""
-        if block.device.type == "cpu" and self.precision != "bfloat16":
-            return torch.from_numpy(self._nearest_by_numpy(block.numpy()))
-        return self._scores(block, precision=self.precision).argmax(1)
+        if block.device.type != "cpu":
+            return self._scores(block, precision=self.precision).argmax(1)
+        if self.precision == "bfloat16":
+            return torch.from_numpy(self._scores(block, precision="bfloat16").numpy().argmax(1))
+        return torch.from_numpy(self._nearest_by_numpy(block.numpy()))
 
     def _nearest_by_numpy(self, block: np.ndarray) -> np.ndarray:
         """On a CPU: numpy finds the largest of a row several times as fast as PyTorch, and its OpenBLAS multiplies on some
