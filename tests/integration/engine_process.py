@@ -32,14 +32,14 @@ def main() -> None:
 def signal_while_writing(number: signal.Signals) -> None:
     from vissl_like.analysis import features
 
-    features._MARK_EVERY_S = 0.0
     write, count = features.FeatureWriter.write, [0]
 
-    def counted(*args: object, **options: object) -> None:
+    def counted(writer: features.FeatureWriter, *args: object, **options: object) -> None:
         count[0] += 1
         if count[0] == 3:
+            writer.flush()
             os.kill(os.getpid(), number)
-        write(*args, **options)  # type: ignore[arg-type]
+        write(writer, *args, **options)  # type: ignore[arg-type]
 
     features.FeatureWriter.write = counted  # type: ignore[method-assign, assignment]
 
