@@ -210,6 +210,10 @@ def test_everything_is_measured_alike_at_one_and_two_ranks(birds: Path, challeng
         assert one["bg_gap"] == pytest.approx(one["in9_mixed_same"] - one["in9_mixed_rand"])
         assert one["bg_gap_stage_1"] == pytest.approx(one["in9_mixed_same_stage_1"] - one["in9_mixed_rand_stage_1"])
         assert one["background_challenge"] <= one["in9_original"] <= 100 * 16 / 18  # nothing is the ninth class
+        for file in (tmp_path / f"1_{number}" / "thresholds").iterdir():
+            assert file.read_bytes() == (tmp_path / f"2_{number}" / "thresholds" / file.name).read_bytes()
+        spread = json.loads((tmp_path / f"1_{number}" / "thresholds" / "histograms.json").read_text())
+        assert {sum(part["own"]) + sum(part["others"]) for part in spread.values()} == {24 * 16}  # images and cells
         table = json.loads((tmp_path / f"1_{number}" / "speed.json").read_text())
         assert [row["foreground"] for row in table["rows"]] == ["own", 0.5]
         assert table["rows"][1]["kept_tokens"] == 0.5 and table["batch"] == 6

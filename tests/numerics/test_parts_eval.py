@@ -144,3 +144,20 @@ def test_thresholds_are_quantiles_of_the_own_tokens() -> None:
             exact = np.quantile(own, q, method="inverted_cdf")
             assert whole.quantile(part, q) == pytest.approx(exact, rel=1e-3)
     assert whole.quantile(2, 0.05) == float("-inf")
+
+
+def test_histograms_tell_own_tokens_from_others() -> None:
+    torch.manual_seed(0)
+    logits, maps = torch.randn(6, 4, 20, 20) * 7, torch.rand(6, 4, 20, 20)
+    own, others = part_metrics.LogitHistogram(3), part_metrics.LogitHistogram(3, bits=16)
+    own.add(logits, maps)
+    others.add(logits, maps, own=False)
+    for part in range(3):
+        is_own = maps.argmax(1) == part
+        for histogram, mask in ((own, is_own), (others, ~is_own)):
+            values = logits[:, part][mask].numpy()
+            assert histogram.spread(part) == pytest.approx((values.min(), values.max()), rel=0.01)
+            edges = np.linspace(-30, 30, 13)
+            exact = np.histogram(np.clip(values, -30, 30), edges)[0]
+            assert sum(histogram.coarse(part, edges)) == len(values)
+            assert np.abs(np.array(histogram.coarse(part, edges)) - exact).max() <= 3  # a bin may lie across an edge

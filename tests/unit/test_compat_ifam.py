@@ -237,6 +237,13 @@ def test_weights_of_each_script_have_names_of_their_own() -> None:
     assert list(found.values()) == ["ifam", "pdiscoformer", "ifam_baseline", "ifam_decoupled"]
 
 
+@pytest.mark.parametrize(("arch", "stride"), [("resnet50", 16), ("vit_small_patch14_dinov2", 32)])
+def test_output_stride_is_for_cnns(arch: str, stride: int) -> None:
+    found = ifam.translate(f"train_net_pdisco.py --model_arch {arch} --output_stride 16")
+    assert found.overrides["config.MODEL.PARTS.OUTPUT_STRIDE"] == stride
+    assert any("--output_stride" in notice for notice in found.notices) == (stride == 32)
+
+
 def test_softmax_temperature_has_one_dash_or_two() -> None:
     for dashes in ("-", "--"):
         found = ifam.translate(f"train_net.py {dashes}softmax_temperature 0.5")

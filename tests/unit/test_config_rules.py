@@ -54,6 +54,9 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
         (["config.DATA.TRAIN.DATA_SOURCES=[]"], "config.DATA.TRAIN.DATA_SOURCES=[]: the engine train needs data here"),
         (["config.DATA.TRAIN.DATA_LIMIT_SAMPLING.IS_BALANCED=true"], "needs config.DATA.TRAIN.DATA_LIMIT"),
         (["config.MODEL.HEAD.PARAMS=[mlp]"], "a head is [name, {options}]"),
+        (["config.MODEL.NAME=parts", "config.MODEL.PARTS.USE_SOFT_MASKS=true"], "does not read it, only two_stage"),
+        (["config.MODEL.NAME=decoupled", "config.MODEL.PARTS.POOLING_TYPE=gap"], "does not read it, only pooled"),
+        (["config.MODEL.PARTS.REMOVE_PARTS=[1]"], "REMOVE_PARTS=[1]: config.MODEL.NAME='vision' does not read it"),
         (
             ["config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP=[res5]"],
             "an entry is [layer, [pooling, arguments]]",

@@ -241,8 +241,18 @@ def test_the_last_stage_is_enlarged_and_comes_first() -> None:
 def test_output_stride() -> None:
     model = build("parts", {"NAME": "timm/resnet18"}, size=64, OUTPUT_STRIDE=8)
     assert model.trunk.maps(images(1, (64, 64))).shape == (1, 768, 8, 8)
-    with pytest.raises(ConfigError, match="OUTPUT_STRIDE=8"):
-        build("parts", {"NAME": "torchvision/resnet18"}, size=64, OUTPUT_STRIDE=8)
+    for kind, trunk in (
+        ("parts", {"NAME": "torchvision/resnet18"}),
+        ("pooled", {"NAME": "torchvision/resnet18"}),
+        ("two_stage", VIT),
+        ("parts", HF),
+    ):
+        with pytest.raises(ConfigError, match="OUTPUT_STRIDE=8"):
+            build(
+                kind, trunk, size=64 if trunk["NAME"].startswith("torch") else 16, OUTPUT_STRIDE=8, POOLING_TYPE="gap"
+            )
+    pooled = build("pooled", {"NAME": "timm/resnet18"}, size=64, POOLING_TYPE="gap", OUTPUT_STRIDE=8)
+    assert pooled.trunk.backbone.forward_features(images(1, (64, 64))).shape == (1, 512, 8, 8)
 
 
 def test_stochastic_depth_reaches_each_stage() -> None:

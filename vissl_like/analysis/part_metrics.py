@@ -207,26 +207,33 @@ def _ratio(part: int, whole: int) -> float:
 class LogitHistogram:
     """The raw part logits of the tokens of each part, in bins that are equally fine at every magnitude.
 
-    A bin holds the floats that share sign, exponent and the first 11 bits of the fraction, so a quantile is right to
-    1 part in 2048, whatever the number of tokens; memory is 8 MB per part and histograms of several processes add up.
+    A bin holds the floats that share sign, exponent and the first 11 bits of the fraction (bits=20), so a quantile is
+    right to 1 part in 2048, whatever the number of tokens; memory is 8 MB per part and histograms of several processes
+    add up.
     """
 
-    _BITS = 20
+    def __init__(self, num_parts: int, *, bits: int = 20) -> None:
+        self._bits = bits
+        self.counts = np.zeros((num_parts, 1 << bits), dtype=np.int64)
 
-    def __init__(self, num_parts: int) -> None:
-        self.counts = np.zeros((num_parts, 1 << self._BITS), dtype=np.int64)
-
-    def add(self, part_dot: Tensor, maps: Tensor) -> None:
-        """Count a batch: `part_dot` and `maps` (B, K+1, h, w); a token belongs to its largest map."""
+    def add(self, part_dot: Tensor, maps: Tensor, *, own: bool = True) -> None:
+        """Count a batch: `part_dot` and `maps` (B, K+1, h, w); a token belongs to its largest map. own=False: the others."""
         owner = maps.argmax(dim=1)
         for part in range(len(self.counts)):
-            values = part_dot[:, part][owner == part].float().cpu().numpy()
+            values = part_dot[:, part][(owner == part) == own].float().cpu().numpy()
             self.counts[part] += np.bincount(self._bins(values), minlength=self.counts.shape[1])
 
     def _bins(self, values: np.ndarray) -> np.ndarray:
         bits = np.ascontiguousarray(values).view(np.uint32)
         ordered = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))  # rises with the value
-        return (ordered >> (32 - self._BITS)).astype(np.int64)
+        return (ordered >> (32 - self._bits)).astype(np.int64)
+
+    def _edges(self, numbers: np.ndarray) -> np.ndarray:
+        """The smallest value of these bins."""
+        ordered = numbers.astype(np.uint32) << np.uint32(32 - self._bits)
+        return (
+            np.where(ordered >> 31 == 1, ordered & np.uint32(0x7FFFFFFF), ~ordered).astype(np.uint32).view(np.float32)
+        )
 
     def quantile(self, part: int, q: float) -> float:
         """The logit below which a share q of the part's tokens lies; -inf for a part that has none."""
@@ -234,6 +241,15 @@ class LogitHistogram:
         if total == 0:
             return float("-inf")
         number = int(np.searchsorted(np.cumsum(self.counts[part]), max(1, int(np.ceil(q * total)))))
-        ordered = np.uint32(number << (32 - self._BITS))
-        bits = ordered & np.uint32(0x7FFFFFFF) if ordered >> 31 else ~ordered
-        return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
+        return float(self._edges(np.array([number]))[0])
+
+    def spread(self, part: int) -> tuple[float, float]:
+        """The smallest and the largest value, to the width of a bin; (0, 0) where there are none."""
+        used = np.flatnonzero(self.counts[part])
+        return tuple(self._edges(used[[0, -1]]).tolist()) if len(used) else (0.0, 0.0)
+
+    def coarse(self, part: int, edges: np.ndarray) -> list[int]:
+        """Counts between neighbouring edges, for a figure."""
+        used = np.flatnonzero(self.counts[part])
+        values = np.clip(self._edges(used), edges[0], edges[-1])
+        return [int(count) for count in np.histogram(values, edges, weights=self.counts[part][used])[0]]

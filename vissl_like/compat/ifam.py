@@ -112,6 +112,10 @@ def _parts(command: Command, result: Translation) -> None:
     }  # fmt: skip
     below = "config.MODEL.PARTS."
     result.overrides |= {below + name: command[flag] for flag, name in names.items()}
+    is_cnn = re.search("resnet|convnext", str(command["model_arch"])) and not command["use_torchvision_resnet_model"]
+    if not is_cnn and command["output_stride"] != 32:
+        result.overrides[below + "OUTPUT_STRIDE"] = 32
+        result.notices.append("--output_stride: the original reads it for timm's CNNs only, as here")
     result.overrides[below + "DROP_PATH_STAGE_1"] = command["drop_path" if single else "drop_path_stage_1"]
     frozen = command["freeze_params_stage_1"] or command["freeze_params"]
     result.overrides[below + "FREEZE_PARAMS_STAGE_1"] = frozen

@@ -31,6 +31,7 @@ _WITH = {
     "crop_pct": "--augmentations_to_use timm --dataset imagenet --image_size 224", "mask_sub_path": "--dataset siim_acr",
     "array_training_job": "--snapshot_dir runs", "anno_path_train": "--dataset part_imagenet",
     "anno_path_test": "--dataset part_imagenet", "split_type": "--dataset turtle_reid", "wandb_mode": "--wandb",
+    "output_stride": "--model_arch resnet50",
 }  # fmt: skip
 #: Values that show what a flag does, where any other text or number than the default will not do.
 _EXAMPLES = {
@@ -67,6 +68,7 @@ _NOTES = {
     "hflip": "`RandomHorizontalFlip`", "vflip": "`RandomVerticalFlip`",
     "crop_pct": "`Resize`, with the timm transforms on ImageNet below 384 pixels",
     "image_sub_path": "both sub-paths in one", "amap_saving_prob": "the first batch is always drawn unless it is 0",
+    "output_stride": "timm's CNNs only",
     "log_interval": "and how often gradients are sent to Weights & Biases",
 }  # fmt: skip
 

@@ -43,6 +43,9 @@ from vissl_like.tasks.parts import SUFFIXES, predicted
 log = logging.getLogger(__name__)
 
 THRESHOLDS_FOLDER = "thresholds"
+HISTOGRAMS_FILE = "histograms.json"
+#: Bins of a part in that file, and how finely the logits are counted that no threshold follows from.
+_FIGURE_BINS, _COARSE_BITS = 50, 16
 SPEED_FILE = "speed.json"
 BACKGROUND_PROTOCOLS = {"in9", "background_challenge"}
 
@@ -276,22 +279,37 @@ class _Evaluation:
         return on_main(work)
 
     def thresholds(self) -> None:
-        """Write RUN.DIR/thresholds/<kept share>.json: the logit below which a share of each part's tokens lies."""
+        """Write RUN.DIR/thresholds/<kept share>.json: the logit below which a share of each part's tokens lies.
+
+        And histograms.json: the logits of each part for its own tokens and for all others.
+        """
         assert self.splits.train is not None
-        histogram = LogitHistogram(self.config.MODEL.PARTS.NUM_PARTS)
+        num_parts = self.config.MODEL.PARTS.NUM_PARTS
+        own, others = LogitHistogram(num_parts), LogitHistogram(num_parts, bits=_COARSE_BITS)
         for _, maps, part_dot in self.maps(self.splits.train):
-            histogram.add(part_dot, maps)
-        histogram.counts = distributed.all_reduce_sum(torch.from_numpy(histogram.counts)).numpy()
+            own.add(part_dot, maps)
+            others.add(part_dot, maps, own=False)
+        for histogram in (own, others):
+            histogram.counts = distributed.all_reduce_sum(torch.from_numpy(histogram.counts)).numpy()
+        on_main(
+            lambda: write_thresholds(self.run_dir / THRESHOLDS_FOLDER, own, others, quantiles=self.options.QUANTILES)
+        )
 
-        def write() -> None:
-            folder = self.run_dir / THRESHOLDS_FOLDER
-            folder.mkdir(exist_ok=True)
-            for q in self.options.QUANTILES:
-                found = {str(part): histogram.quantile(part, q) for part in range(len(histogram.counts))}
-                lost = [part for part, value in found.items() if value == float("-inf")]
-                if lost:
-                    log.warning("parts %s own no token of TRAIN: their threshold lets everything pass", ", ".join(lost))
-                plain = {part: max(value, -1e30) for part, value in found.items()}
-                write_json(folder / f"{1 - q:g}.json", plain)
 
-        on_main(write)
+def write_thresholds(folder: Path, own: LogitHistogram, others: LogitHistogram, *, quantiles: Sequence[float]) -> None:
+    """One file for each quantile of the parts' own logits, and the histograms of both."""
+    folder.mkdir(exist_ok=True)
+    parts = range(len(own.counts))
+    lost = [str(part) for part in parts if not own.counts[part].any()]
+    if lost:
+        log.warning("parts %s own no token of TRAIN: their threshold lets everything pass", ", ".join(lost))
+    for q in quantiles:
+        write_json(folder / f"{1 - q:g}.json", {str(part): max(own.quantile(part, q), -1e30) for part in parts})
+    table = {}
+    for part in parts:
+        spreads = [histogram.spread(part) for histogram in (own, others) if histogram.counts[part].any()]
+        low, high = min((low for low, _ in spreads), default=0.0), max((high for _, high in spreads), default=0.0)
+        edges = np.linspace(low, high if high > low else low + 1.0, _FIGURE_BINS + 1)
+        counts = {"own": own.coarse(part, edges), "others": others.coarse(part, edges)}
+        table[str(part)] = {"edges": edges.tolist(), **counts}
+    write_json(folder / HISTOGRAMS_FILE, table)

@@ -200,10 +200,7 @@ def build_part_trunk(
     library, _, name = section.NAME.partition("/")
     if library == "timm":
         return _timm_trunk(section, name, image_size=image_size, drop_path=drop_path, output_stride=output_stride)
-    if output_stride != 32:
-        raise ConfigError(
-            f"config.MODEL.PARTS.OUTPUT_STRIDE={output_stride}: only timm's CNNs can change it; leave 32."
-        )
+    refuse_stride(output_stride)
     if library == "hf":
         return _hf_trunk(section, image_size=image_size, drop_path=drop_path)
     if drop_path:
@@ -213,6 +210,14 @@ def build_part_trunk(
     if isinstance(getattr(trunk.backbone, "classifier", None), nn.Sequential):
         trunk.backbone.classifier = nn.Identity()  # its normalisation would stay without gradient
     return MapTrunk(trunk.backbone, trunk.adapter, image_size=image_size)
+
+
+def refuse_stride(output_stride: int) -> None:
+    """ConfigError unless the stride is that of every CNN."""
+    if output_stride != 32:
+        raise ConfigError(
+            f"config.MODEL.PARTS.OUTPUT_STRIDE={output_stride}: only timm's CNNs can change it; leave 32."
+        )
 
 
 def _timm_trunk(
@@ -232,6 +237,7 @@ def _timm_trunk(
         if hasattr(backbone, "prune_intermediate_layers"):
             backbone.prune_intermediate_layers(2, prune_norm=True, prune_head=True)  # they would stay without gradient
         return MapTrunk(backbone, adapter, image_size=image_size)
+    refuse_stride(output_stride)
     if image_size is not None:
         options = {"img_size": image_size} | options
     if options.get("patch_drop_rate"):

@@ -10,7 +10,7 @@ from vissl_like.config.schema_model import Trunk as TrunkSection
 from vissl_like.errors import ConfigError
 from vissl_like.models.colour import ColourModel
 from vissl_like.models.masked_vit import Decoupled, check_masked
-from vissl_like.models.part_backbones import MapTrunk, TokenTrunk, build_part_trunk
+from vissl_like.models.part_backbones import MapTrunk, TokenTrunk, build_part_trunk, refuse_stride
 from vissl_like.models.part_groups import PartModel, freeze
 from vissl_like.models.parts import PartLayers, StageOne
 from vissl_like.models.pooled_vit import PooledModel
@@ -112,11 +112,14 @@ def _pooled(request: _Request) -> PooledModel:
     trunk = request.trunk(section, stage=1) if library in ("timm", "hf") else None
     if isinstance(trunk, TokenTrunk):
         return PooledModel(trunk, kind=options.POOLING_TYPE, num_classes=request.num_classes, width=trunk.width)
+    if library != "timm":
+        refuse_stride(options.OUTPUT_STRIDE)
+    wanted: dict[str, float] = {}
     if options.DROP_PATH_STAGE_1:
-        section = section.model_copy(
-            update={"OPTIONS": {"drop_path_rate": options.DROP_PATH_STAGE_1} | section.OPTIONS}
-        )
-    plain = build_trunk(section)
+        wanted["drop_path_rate"] = options.DROP_PATH_STAGE_1
+    if options.OUTPUT_STRIDE != 32:
+        wanted["output_stride"] = options.OUTPUT_STRIDE
+    plain = build_trunk(section.model_copy(update={"OPTIONS": wanted | section.OPTIONS}))
     width = plain.feature_shapes([FLATTEN], image_size=request.image_size)[FLATTEN][0]
     return PooledModel(plain, kind=options.POOLING_TYPE, num_classes=request.num_classes, width=width)
 
