@@ -35,10 +35,7 @@ class FolderSource:
         _must_be_folder(self.root, given=str(folder), key=key)
         found = list_folder(self.root)
         if not len(found.paths):
-            raise DataError(
-                f"{key}={str(folder)!r}: no image in this folder or below it. "
-                f"Known extensions: {', '.join(IMAGE_EXTENSIONS)}."
-            )
+            raise _empty(folder, key=key)
         self._paths, self.class_names, self.labels = found.paths, found.class_names, found.class_numbers
         _warn_of_layout(found, folder=str(folder), key=key)
 
@@ -69,6 +66,19 @@ class FolderSource:
 
     def stamps(self) -> np.ndarray:
         return file_sizes(self.file(row) for row in range(len(self)))
+
+
+def refuse_empty(folder: str | Path, *, key: str) -> None:
+    """Raise DataError unless there is an image below a folder; stops looking at the first one."""
+    if next(images_below(os.path.abspath(os.path.expanduser(str(folder)))), None) is None:
+        raise _empty(folder, key=key)
+
+
+def _empty(folder: str | Path, *, key: str) -> DataError:
+    return DataError(
+        f"{key}={str(folder)!r}: no image in this folder or below it. "
+        f"Known extensions: {', '.join(IMAGE_EXTENSIONS)}. Put images there, or give another folder."
+    )
 
 
 def folder_classes(folder: str | Path) -> list[str] | None:

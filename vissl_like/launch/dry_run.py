@@ -43,6 +43,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
         endpoint_of(job.config.DISTRIBUTED)
     processes = slurm.expected(job.config)
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
+    for dataset in sets.values():
+        refuse_few_images(job, dataset)
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)
     parts = [
@@ -83,6 +85,14 @@ def open_split(job: Job, split: str) -> ImageDataset:
         input_type=config.MODEL.INPUT_TYPE,
         with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
     )
+
+
+def refuse_few_images(job: Job, dataset: ImageDataset) -> None:
+    """Raise DataError if these are fewer images than the clusters that the job is to make of them."""
+    if job.engine_name == "cluster_features" and job.config.CLUSTERFIT.FEATURES.EXTRACT:
+        from vissl_like.engines.cluster_features import check_rows
+
+        check_rows(job.config, dataset)
 
 
 def _state(job: Job, plan: Plan) -> str:
