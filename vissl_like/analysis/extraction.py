@@ -157,7 +157,7 @@ def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[No
             raise
     if stop.requested:
         writer.close()
-        raise Stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
+        raise signals.stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
 
 
 def _finish(target: Path, *, is_new: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ an empty prefix `labels.npy`, `images.npy`, `manifest.json`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from vissl_like.data.npy import load_npy
-from vissl_like.data.source import Source, fingerprint, unicode_array
+from vissl_like.data.source import Source, SubsetSource, fingerprint, unicode_array
 from vissl_like.errors import DataError
 from vissl_like.files import damage, record_of, refusals_explained, write_array, write_json
+
+_log = logging.getLogger(__name__)
 
 _KIND = "labels"
 #: Ends of the names of files that labels are read from; centroids and distances are for the user.
@@ -153,8 +156,9 @@ def read_labels(
     """The labels of a source's images, in its order, from a .npy label file.
 
     The images file beside it says which label is whose. A bare label file is an error unless `alignment` is "position",
-    and then its length must be that of the source. An image without a label, a label file with a path twice and images
-    that changed since they were labelled are errors.
+    and then its length must be that of the source. An image without a label, a label file with a path twice, images that
+    changed since they were labelled, and labelled images that are gone are errors. Labels of further images, which the
+    source leaves out, are a warning.
     """
     siblings = read_siblings(file)
     if siblings.manifest and not siblings.manifest.get("complete"):
@@ -171,6 +175,7 @@ def read_labels(
             "They are not from the same run; write both again."
         )
     rows = _rows_by_path(listed, root=str(siblings.manifest.get("root", "")), source=source, file=file, key=key)
+    _look_at_the_rest(siblings, listed=listed, rows=rows, source=source, file=file, key=key)
     _refuse_changed_images(siblings, listed=listed, rows=rows, source=source, file=file, key=key)
     return labels.take(rows)
 
@@ -273,6 +278,12 @@ def _refuse_changed_images(
         return
     now = source.stamps()
     cure = "Label them again, or put the images back that the labels were made from."
+    gone = np.flatnonzero(now == -1)  # in a list of images, as the source is where DATA_PATHS is empty
+    if len(gone):
+        raise DataError(
+            f"{key}={str(file)!r}: {len(gone)} of {len(rows)} images that were labelled are gone, the first is "
+            f"{source.file(int(gone[0])) or source.path(int(gone[0]))!r}. {cure}"
+        )
     if siblings.sizes is not None:
         changed = np.flatnonzero(load_npy(siblings.sizes, key=key)[rows] != now)
         if len(changed):
@@ -287,6 +298,35 @@ def _refuse_changed_images(
     ordered[rows] = now
     if fingerprint([str(path) for path in listed], ordered) != known:
         raise DataError(f"{key}={str(file)!r}: some of the {len(rows)} images changed since they were labelled. {cure}")
+
+
+def _look_at_the_rest(
+    siblings: Siblings, *, listed: np.ndarray, rows: np.ndarray, source: Source, file: str | Path, key: str
+) -> None:
+    """Labels that no image of the source has taken: an error if their images are gone, else a warning.
+
+    DATA_LIMIT and the like leave images out on purpose: then the whole source counts. A list that no label stage wrote may
+    name more images than there are.
+    """
+    is_left = np.ones(len(listed), dtype=bool)
+    is_left[rows] = False
+    whole = source.whole if isinstance(source, SubsetSource) else source
+    if whole is not source and is_left.any():
+        is_left &= ~np.isin(unicode_array(str(path) for path in listed), whole.paths)
+    left = [str(listed[row]) for row in np.flatnonzero(is_left)]
+    if not left:
+        return
+    root = str(siblings.manifest.get("root", ""))
+    gone = [path for path in left if root and not os.path.exists(os.path.join(root, path))]
+    if gone:
+        raise DataError(
+            f"{key}={str(file)!r}: {len(gone)} of the {len(listed)} images that were labelled are gone, the first is "
+            f"{os.path.join(root, gone[0])!r}. Put them back, or label the images that are left again."
+        )
+    _log.warning(
+        "%s=%r: %d of the %d images that it names are not among these %d, the first is %r; their labels are not used.",
+        key, str(file), len(left), len(listed), len(whole), left[0],
+    )  # fmt: skip
 
 
 def join_labels(parts: list[Labels]) -> Labels:

@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, Stopped) as error:
         return show_error(error)
     except KeyboardInterrupt:
-        print("interrupted: nothing more was saved; start the same command again to go on.", file=sys.stderr)
-        return 130
+        from vissl_like.launch.endings import show_interrupt
+
+        return show_interrupt()
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -37,6 +37,7 @@ from vissl_like.errors import (
 )
 from vissl_like.launch import folder, slurm
 from vissl_like.launch.allocation import adopt, are_ranks
+from vissl_like.launch.endings import show_interrupt
 from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
@@ -211,18 +212,21 @@ def _run_point(point: Point, config_dirs: list[str]) -> int:
     try:
         return start(point.loaded, config_dirs=config_dirs, run_dir=str(point.run_dir))
     except KeyboardInterrupt:
-        return 130
+        return show_interrupt()
     except Exception as error:
         return show_error(error)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Hand SIGTERM and SIGUSR1 on to the running point; any of them, or Ctrl-C, ends the sweep after it."""
+    """Hand SIGTERM and SIGUSR1 on to the running point; any of them, or Ctrl-C, ends the sweep after it.
+
+    A second Ctrl-C is for the running point alone, which decides whether it can still save.
+    """
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
+        if number == signal.SIGINT and received and not multiprocessing.active_children():
             raise KeyboardInterrupt
         received.append(number)
         if number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
