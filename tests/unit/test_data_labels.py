@@ -188,6 +188,36 @@ def test_changed_images(tmp_path: Path, stamps: bool) -> None:
             read_labels(file, source=changed)
 
 
+def test_labelled_images_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_images(tmp_path / "images")
+    file = write_for(FolderSource(root), tmp_path / "out", prefix="")
+    (root / "b" / "1.png").unlink()
+    gone = r"1 of 5 images are gone since they were labelled, the first is '.*b/1\.png'\. .*"
+    options = {"LABEL_PATHS": [str(file)]}
+    for more in ({"DATA_PATHS": [str(root)]}, {"DATA_PATHS": [str(root)], "DATA_LIMIT": 2}, {}):
+        with pytest.raises(DataError, match=gone + "[lL]abel"):
+            build_dataset(split("disk_folder", **options, **more), "TRAIN", seed=0)
+    assert not caplog.messages
+
+
+def test_labels_of_images_that_are_left_out_are_a_remark(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_images(tmp_path / "images")
+    file = write_for(FolderSource(root), tmp_path / "out", prefix="")
+    limited = build_dataset(
+        split("disk_folder", DATA_PATHS=[str(root)], LABEL_PATHS=[str(file)], DATA_LIMIT=2), "TRAIN", seed=0
+    )
+    check_alignment(limited)
+    assert len(limited) == 2 and not caplog.messages
+    inner = build_dataset(split("disk_folder", DATA_PATHS=[str(root / "a")], LABEL_PATHS=[str(file)]), "TRAIN", seed=0)
+    check_alignment(inner)
+    assert "2 of the 5 images that it names are not among these 3, the first is 'b/1.png'" in caplog.messages[-1]
+    caplog.clear()
+    (root / "b" / "1.png").unlink()
+    root.rename(tmp_path / "moved")  # where they lay, there is nothing
+    read_labels(file, source=FolderSource(tmp_path / "moved"))
+    assert "1 of the 5 images that it names" in caplog.messages[-1]
+
+
 def test_duplicates_are_refused_when_written_and_when_read(tmp_path: Path) -> None:
     paths = np.array(["a.png", "b.png", "a.png"])
     with pytest.raises(DataError, match=r"named more than once, the first is 'a\.png'"):

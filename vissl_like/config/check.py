@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -86,12 +86,23 @@ def load_sweep(overrides: Sequence[str], *, config_dirs: list[str] | None = None
         for problem in found.problems:
             problems.setdefault(problem, []).append(number)
     if problems:
-        lines = [
-            problem if len(numbers) == len(points) else f"point {numbers[0] + 1} of the sweep: {problem}"
-            for problem, numbers in problems.items()
-        ]
-        raise ConfigError(report(lines))
+        raise ConfigError(report(at_points(problems, points)))
     return [loaded for loaded, _ in results if loaded is not None]
+
+
+def at_points(problems: Mapping[str, Sequence[int]], points: Sequence[Sequence[str]]) -> list[str]:
+    """Problems of a sweep's points (text -> numbers of the points), each with the overrides of the first that has it.
+
+    One that all points share is named alone.
+    """
+    everywhere = set.intersection(*map(set, points))
+    lines = []
+    for problem, numbers in problems.items():
+        varied = " ".join(text for text in points[numbers[0]] if text not in everywhere)
+        others = f", and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        is_shared = len(numbers) == len(points)
+        lines.append(problem if is_shared else f"point {numbers[0] + 1} of the sweep ({varied}{others}): {problem}")
+    return lines
 
 
 def compose_stage(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:

@@ -278,17 +278,12 @@ def _refuse_changed_images(
         return
     now = source.stamps()
     cure = "Label them again, or put the images back that the labels were made from."
-    gone = np.flatnonzero(now == -1)  # in a list of images, as the source is where DATA_PATHS is empty
-    if len(gone):
-        raise DataError(
-            f"{key}={str(file)!r}: {len(gone)} of {len(rows)} images that were labelled are gone, the first is "
-            f"{source.file(int(gone[0])) or source.path(int(gone[0]))!r}. {cure}"
-        )
     if siblings.sizes is not None:
         changed = np.flatnonzero(load_npy(siblings.sizes, key=key)[rows] != now)
         if len(changed):
+            what = "are gone" if (now[changed] == -1).all() else "changed"
             raise DataError(
-                f"{key}={str(file)!r}: {len(changed)} of {len(rows)} images changed since they were labelled, "
+                f"{key}={str(file)!r}: {len(changed)} of {len(rows)} images {what} since they were labelled, "
                 f"the first is {source.path(int(changed[0]))!r}. {cure}"
             )
         return
@@ -305,8 +300,8 @@ def _look_at_the_rest(
 ) -> None:
     """Labels that no image of the source has taken: an error if their images are gone, else a warning.
 
-    DATA_LIMIT and the like leave images out on purpose: then the whole source counts. A list that no label stage wrote may
-    name more images than there are.
+    DATA_LIMIT leaves images out on purpose: then the whole source counts. Where nothing says in which folder the images
+    lay (a list that no stage wrote, a moved data set), nobody can tell what is gone.
     """
     is_left = np.ones(len(listed), dtype=bool)
     is_left[rows] = False
@@ -317,10 +312,10 @@ def _look_at_the_rest(
     if not left:
         return
     root = str(siblings.manifest.get("root", ""))
-    gone = [path for path in left if root and not os.path.exists(os.path.join(root, path))]
+    gone = [path for path in left if not os.path.exists(os.path.join(root, path))] if os.path.isdir(root) else []
     if gone:
         raise DataError(
-            f"{key}={str(file)!r}: {len(gone)} of the {len(listed)} images that were labelled are gone, the first is "
+            f"{key}={str(file)!r}: {len(gone)} of {len(listed)} images are gone since they were labelled, the first is "
             f"{os.path.join(root, gone[0])!r}. Put them back, or label the images that are left again."
         )
     _log.warning(
