@@ -107,4 +107,8 @@ def damage(file: Path, record: dict[str, Any], *, with_content: bool = True) -> 
     size = file.stat().st_size
     if size != record.get("bytes"):
         return f"{size} bytes long, not {record.get('bytes')}"
-    return "" if not with_content or record_of(file) == record else "its content is not what was written (another checksum)"
+    return (
+        ""
+        if not with_content or record_of(file) == record
+        else "its content is not what was written (another checksum)"
+    )

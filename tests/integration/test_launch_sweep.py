@@ -64,7 +64,9 @@ def test_lost_data_are_named_with_their_point(capsys: pytest.CaptureFixture[str]
     given = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.SEED_VALUE=1,2"]
     assert main([*ENDINGS, *given, "config.DATA.TRAIN.DATA_PATHS=[full],[empty],[none]"]) == 3
     lines = capsys.readouterr().err.splitlines()
-    of_seed = "(config.SEED_VALUE=1 config.DATA.TRAIN.DATA_PATHS=[{0}], and 1 more): config.DATA.TRAIN.DATA_PATHS.0='{0}': "
+    of_seed = (
+        "(config.SEED_VALUE=1 config.DATA.TRAIN.DATA_PATHS=[{0}], and 1 more): config.DATA.TRAIN.DATA_PATHS.0='{0}': "
+    )
     assert of_seed.format("empty") + "no image in this folder" in lines[0] and "point 2 of the sweep" in lines[0]
     assert of_seed.format("none") + "no such file or folder" in lines[1]
     assert not Path("s").exists()

@@ -288,7 +288,7 @@ def test_a_torn_manifest_is_an_error(tmp_path: Path) -> None:
 def test_missing_and_unfinished_files(tmp_path: Path) -> None:
     source = FolderSource(make_images(tmp_path / "images"))
     options = {"DATA_PATHS": [str(tmp_path / "images")], "LABEL_PATHS": [str(tmp_path / "absent_labels.npy")]}
-    with pytest.raises(DataError, match=r"LABEL_PATHS\[0\]=.*no such file"):
+    with pytest.raises(DataError, match=r"LABEL_PATHS\.0=.*no such file"):
         build_dataset(split("disk_folder", **options), "TRAIN", seed=0)
     with pytest.raises(DataError, match="no such file"):
         build_dataset(split("disk_filelist", LABEL_PATHS=options["LABEL_PATHS"]), "TRAIN", seed=0)
@@ -387,11 +387,11 @@ def test_no_labels(tmp_path: Path) -> None:
 def test_label_sources_may_not_contradict_the_files(tmp_path: Path) -> None:
     make_images(tmp_path / "images")
     options = {"DATA_PATHS": [str(tmp_path / "images")]}
-    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_filelist': there is no label file"):
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\.0='disk_filelist': there is no label file"):
         build_dataset(split("disk_folder", **options, LABEL_SOURCES=["disk_filelist"]), "TRAIN", seed=0)
     np.save(tmp_path / "x.npy", np.zeros(5, dtype=np.int64))
     given = {"LABEL_PATHS": [str(tmp_path / "x.npy")], "LABEL_ALIGNMENT": "position"}
-    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_folder': labels by folder, but"):
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\.0='disk_folder': labels by folder, but"):
         build_dataset(split("disk_folder", **options, **given, LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0)
 
 

@@ -40,7 +40,7 @@ def write_features(
             class_names=["a", "b"],
             identity={"weights": weights, "model": "m"},
         ),
-        layers={name: (3,) for name in layers},
+        layers=dict.fromkeys(layers, (3,)),
         dtype="float32",
         shard_rows=5,
         block_rows=4,
@@ -109,7 +109,9 @@ def test_damaged_features(workplace: Path, capsys: pytest.CaptureFixture[str], n
     assert "un the extraction again" in said
 
 
-def test_an_interrupted_extraction_and_splits_of_two_models(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_extraction_and_splits_of_two_models(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_features(workplace / "f", "TRAIN")
     write_features(workplace / "f", "TEST", weights="other")
     assert "come from different models (weights differ)" in refusals(capsys, *CLUSTER)
@@ -174,7 +176,7 @@ def test_an_empty_folder_is_found_before_a_process_starts(
     (workplace / "images" / "deep" / "notes.txt").touch()
     folder = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.DATA.TRAIN.DATA_PATHS=[images]"]
     said = refusals(capsys, *overrides, *folder)
-    assert "config.DATA.TRAIN.DATA_PATHS[0]='images': no image in this folder or below it. Known extensions: " in said
+    assert "config.DATA.TRAIN.DATA_PATHS.0='images': no image in this folder or below it. Known extensions: " in said
     assert said.endswith("Put images there, or give another folder.")
 
 

@@ -30,7 +30,7 @@ from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import row_batches
-from vissl_like.errors import DataError, Stopped
+from vissl_like.errors import DataError
 
 logger = logging.getLogger(__name__)
 

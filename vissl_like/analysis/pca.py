@@ -112,5 +112,5 @@ def _ordered_sum(function: Callable[[tuple[int, int]], np.ndarray], count: int, 
     for part in each(function, spans(count, BLOCK_ROWS), threads=threads):
         total = part if total is None else total + part
     if total is None:
-        raise DataError("there are no rows to take the mean of.")
+        raise DataError("config.CLUSTERFIT.FEATURES: there are no rows to take the mean of. Give more images.")
     return total

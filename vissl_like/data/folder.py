@@ -42,7 +42,7 @@ class FolderSource:
     @classmethod
     def build(cls, request: SourceRequest) -> FolderSource:
         return cls(
-            request.path, name=request.name or "disk_folder", key=f"{request.key('DATA_PATHS')}[{request.position}]"
+            request.path, name=request.name or "disk_folder", key=f"{request.key('DATA_PATHS')}.{request.position}"
         )
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ def _must_be_folder(root: str, *, given: str, key: str) -> None:
     parent = os.path.dirname(root)
     near = difflib.get_close_matches(os.path.basename(root), os.listdir(parent) if os.path.isdir(parent) else [], n=1)
     hint = f" Did you mean {os.path.join(parent, near[0])!r}?" if near else ""
-    raise DataError(f"{key}={given!r}: no such folder (looked for {root}).{hint}")
+    raise DataError(f"{key}={given!r}: no such folder (looked for {root}).{hint or ' Correct the path.'}")
 
 
 def _warn_of_layout(found: Listing, *, folder: str, key: str) -> None:
@@ -148,7 +148,9 @@ class FilelistSource:
         self.labels: np.ndarray | None = None
         self._entries: np.ndarray | PathTable | None = None
         if len(self.entries) == 0:
-            raise DataError(f"{key}={str(file)!r}: the list is empty.")
+            raise DataError(
+                f"{key}={str(file)!r}: the list is empty. It names one image per row (.npy) or line (.txt)."
+            )
         manifest = read_siblings(self._list_file).manifest
         self._base = str(manifest.get("root") or os.path.dirname(self._list_file))
         rewritten = remove_prefix or new_prefix
@@ -163,7 +165,7 @@ class FilelistSource:
             remove_prefix=request.options.REMOVE_IMG_PATH_PREFIX,
             new_prefix=request.options.NEW_IMG_PATH_PREFIX,
             mmap=request.options.MMAP_MODE,
-            key=f"{request.key('DATA_PATHS')}[{request.position}]",
+            key=f"{request.key('DATA_PATHS')}.{request.position}",
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -213,7 +215,9 @@ def read_list(file: str, *, key: str, mmap: bool = True) -> np.ndarray | PathTab
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise DataError(f"{key}={file!r}: cannot read this list ({error.strerror}).") from error
+            raise DataError(
+                f"{key}={file!r}: cannot be read ({error.strerror}). Give a .npy or .txt list of images."
+            ) from error
         return PathTable(line.strip() for line in lines if line.strip())
     if not file.endswith(".npy"):
         raise DataError(

@@ -106,7 +106,7 @@ def write_label_files(
     label_file = target / f"{base}labels.npy"
     if len(labels) != len(paths):
         raise DataError(
-            f"{label_file}: {len(labels)} labels for {len(paths)} images; the feature files do not fit together."
+            f"{label_file}: {len(labels)} labels for {len(paths)} images: the feature files do not fit together. Extract again."
         )
     _refuse_duplicates(paths, file=label_file)
     arrays = {
@@ -145,7 +145,7 @@ def _refuse_duplicates(paths: np.ndarray, *, file: str | Path) -> None:
     if len(twice):
         raise DataError(
             f"{file}: {len(twice)} images are named more than once, the first is {str(ordered[twice[0]])!r}. "
-            "Labels are tied to images by path, so each may stand there once."
+            "Labels are tied to images by path, so each may stand there once; take the others out."
         )
 
 
@@ -207,13 +207,19 @@ def parse_labels(array: np.ndarray, *, file: str | Path, key: str, num_classes: 
         )
     values = array.astype(np.int64)
     if array.dtype.kind == "f" and not np.array_equal(values, array):
-        raise DataError(f"{where}: holds fractions ({array.dtype}); labels are whole numbers.")
+        raise DataError(
+            f"{where}: holds fractions ({array.dtype}); labels are whole numbers. Write class numbers there."
+        )
     lowest, highest = (int(values.min()), int(values.max())) if values.size else (0, -1)
     if lowest < -1:
-        raise DataError(f"{where}: the smallest label is {lowest}. Labels count from 0; -1 means none.")
+        raise DataError(
+            f"{where}: the smallest label is {lowest}. Labels count from 0, and -1 means none; number the classes so."
+        )
     if values.ndim == 2:
         if highest > 1:
-            raise DataError(f"{where}: 2-D labels are multi-hot (0, 1, or -1 for unknown), but one is {highest}.")
+            raise DataError(
+                f"{where}: 2-D labels are multi-hot (0, 1, or -1 for unknown), but one is {highest}. Class numbers are 1-D."
+            )
         return Labels(values, values.shape[1])
     return Labels(values, max(highest + 1, num_classes))
 
@@ -324,22 +330,23 @@ def _look_at_the_rest(
     )  # fmt: skip
 
 
-def join_labels(parts: list[Labels]) -> Labels:
+def join_labels(parts: list[Labels], *, key: str = "LABEL_PATHS") -> Labels:
     """Labels of several sources one after the other; names are numbered anew over all of them."""
     if len(parts) == 1:
         return parts[0]
-    _refuse_mixture(parts)
+    _refuse_mixture(parts, key=key)
     if parts[0].class_names is None:
         return Labels(np.concatenate([part.values for part in parts]), max(part.num_classes for part in parts))
     names = sorted({name for part in parts for name in part.class_names or []})
     return Labels(np.concatenate([renumber(part, names).values for part in parts]), len(names), names)
 
 
-def _refuse_mixture(parts: list[Labels]) -> None:
+def _refuse_mixture(parts: list[Labels], *, key: str) -> None:
     widths = {part.values.shape[1:] for part in parts}
     if len(widths) > 1 or len({part.class_names is None for part in parts}) > 1:
         raise DataError(
-            "LABEL_PATHS: the files mix class numbers, class names and multi-hot rows (or differ in classes)."
+            f"{key}: the files mix class numbers, class names and multi-hot rows, or multi-hot rows of different length. "
+            "Write all of them in one form."
         )
 
 
@@ -351,11 +358,13 @@ def renumber(labels: Labels, names: list[str]) -> Labels:
     return Labels(values, len(names), names)
 
 
-def multi_hot(parts: list[Labels]) -> Labels:
+def multi_hot(parts: list[Labels], *, key: str = "LABEL_PATHS") -> Labels:
     """Several labels of the same images (N,) -> (N, K): an image has every class that one of the files gives it."""
     if any(part.values.ndim != 1 for part in parts):
-        raise DataError("LABEL_PATHS: a list of files for one source takes files with one class per image (N,).")
-    _refuse_mixture(parts)
+        raise DataError(
+            f"{key}: a list of files for one source takes files with one class per image (N,). Give a multi-hot file alone."
+        )
+    _refuse_mixture(parts, key=key)
     if parts[0].class_names:
         names = sorted({name for part in parts for name in part.class_names or []})
         parts = [renumber(part, names) for part in parts]

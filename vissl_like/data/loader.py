@@ -54,7 +54,8 @@ def train_batches(
         wanted = batch_per_rank * accumulate if drop_last else accumulate
         raise DataError(
             f"config.DATA.{dataset.split}: {len(dataset)} images are too few for one step, which needs {wanted} on each"
-            f" of {size} processes (DROP_LAST={str(drop_last).lower()})."
+            f" of {size} processes (DROP_LAST={str(drop_last).lower()}). Give more images, or lower "
+            f"config.DATA.{dataset.split}.BATCHSIZE_PER_REPLICA, config.OPTIMIZER.ACCUMULATE_STEPS or the number of processes."
         )
     shape = {"batch_per_rank": batch_per_rank, "accumulate": accumulate, "size": size}
     rows = dataset.order(seed, epoch)
@@ -111,9 +112,9 @@ def worker_died(error: BaseException, *, while_reading: bool = False) -> DataErr
     if not is_broken and not (isinstance(error, RuntimeError) and is_noticed):
         return None
     return DataError(
-        f"A loader process ended by itself ({text.splitlines()[0] if text else type(error).__name__}). Most often memory "
-        "ran out (also of /dev/shm, where batches pass through): lower config.DATA.NUM_DATALOADER_WORKERS; 0 loads in "
-        "the main process."
+        f"config.DATA.NUM_DATALOADER_WORKERS: a loader process ended by itself "
+        f"({text.splitlines()[0] if text else type(error).__name__}). Most often memory "
+        "ran out (also of /dev/shm, where batches pass through): lower the number; 0 loads in the main process."
     )
 
 

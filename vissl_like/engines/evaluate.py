@@ -68,7 +68,9 @@ def _extract(config: Config, run_dir: Path, folder: Path) -> dict[str, Any]:
             )
     splits = [split for split in ("TRAIN", "VAL", "TEST") if is_used(config.DATA, split)]
     calibrate = config.EVALUATE.CALIBRATE_BN_BATCHES
-    return extract_splits(config, run_dir, folder, splits=splits, calibrate=calibrate, check=partial(check_labels, config))
+    return extract_splits(
+        config, run_dir, folder, splits=splits, calibrate=calibrate, check=partial(check_labels, config)
+    )
 
 
 def check_labels(config: Config, dataset: ImageDataset) -> None:
@@ -98,7 +100,9 @@ def open_stores(folder: Path) -> Stores:
         manifests["VAL"] = read_manifest(folder, "VAL", key=key)
     weights = {split: manifest["identity"].get("weights") for split, manifest in manifests.items()}
     if len(set(weights.values())) > 1:
-        raise DataError(f"{folder}: the splits were extracted with different weights ({weights}). Extract them again.")
+        raise DataError(
+            f"{folder}: the splits were extracted with different weights ({weights}). Extract all with one model."
+        )
     layers = list(manifests["TRAIN"]["layers"])
     return {layer: {split: FeatureStore.open(folder, split, layer) for split in manifests} for layer in layers}
 

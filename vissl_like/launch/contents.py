@@ -33,7 +33,11 @@ def check_contents(job: Job, run_dir: Path) -> None:
 
 def is_below(path: str | Path, folder: Path | None) -> bool:
     """Whether a path lies in a folder. An empty path, and no folder: no."""
-    return folder is not None and bool(path) and os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
+    return (
+        folder is not None
+        and bool(path)
+        and os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
+    )
 
 
 def _check(job: Job, run_dir: Path, *, made_in: Path | None = None) -> None:
@@ -64,7 +68,7 @@ def _refuse_empty_folders(job: Job) -> None:
         for number, (kind, path) in enumerate(zip(options.DATA_SOURCES, options.DATA_PATHS)):
             try:
                 if kind == "disk_folder" and os.path.isdir(os.path.expanduser(path)):
-                    refuse_empty(path, key=f"config.DATA.{split}.DATA_PATHS[{number}]")
+                    refuse_empty(path, key=f"config.DATA.{split}.DATA_PATHS.{number}")
             except DataError as error:
                 problems.append(str(error))
     if problems:
