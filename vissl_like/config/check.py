@@ -418,6 +418,8 @@ def _type_problem(path: KeyPath, tree: dict[str, Any], found: _Findings) -> None
     hint = f"; did you mean {near[0]}?" if near else "."
     if value is None:
         hint = ". Leave it out for the default" + (f" {entry.default!r}." if entry.default != "" else ".")
+    elif entry.allowed.startswith("a list") and not is_element and isinstance(value, str | int | float):
+        hint = f"; write [{value}]."
     elif entry.type == "text":
         hint = "; put it in quotes." if isinstance(value, bool | int | float) else "."
     found.problem(f"{key}={value!r}: must be {allowed}{hint}", found.place(path))

@@ -190,9 +190,8 @@ def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
             key = f"{prefix}.DATA_PATHS.{number}"
             yield (
                 key,
-                f"{key}={path!r}: {prefix}.DATA_SOURCES={options.DATA_SOURCES} has {source!r} here, which brings its own "
-                f"images and reads no path. For images of yours set {prefix}.DATA_SOURCES=[disk_folder]; else leave "
-                "DATA_PATHS out.",
+                f"{key}={path!r}: the source {source!r} ({prefix}.DATA_SOURCES) brings its own images and reads no path. "
+                f"For images of yours set {prefix}.DATA_SOURCES=[disk_folder]; else leave DATA_PATHS out.",
             )
     limits = options.DATA_LIMIT_SAMPLING
     if limits.IS_BALANCED and options.DATA_LIMIT < 0:
