@@ -166,7 +166,7 @@ def test_ctrl_c_again_after_the_save_is_a_stop_all_the_same(
     while "0" not in ((tmp_path / "a/saved").read_text() if (tmp_path / "a/saved").exists() else ""):
         assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.02)
-    for _ in range(10):
+    while command.poll() is None:  # to the very end
         press()
         time.sleep(0.05)
     _, error = command.communicate(timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import threading
@@ -35,6 +36,20 @@ def interrupt_unless_saved(number: int, frame: FrameType | None) -> None:
     """Handler of Ctrl-C: as usual, but not once everything is on the disk."""
     if not _saved:
         raise KeyboardInterrupt
+
+
+def guard_interrupts() -> None:
+    """Give Ctrl-C to interrupt_unless_saved() for the rest of this process, unless somebody else has taken or ignored it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt_unless_saved)
+        atexit.register(_end_in_peace)
+
+
+def _end_in_peace() -> None:
+    """Python gives its handlers back before the libraries have ended, and Ctrl-C would then kill the process."""
+    if _saved:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def ask(number: int) -> bool:

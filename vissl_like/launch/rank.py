@@ -62,7 +62,7 @@ def run_rank(run_dir: str, words_dir: str) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     for number in SIGNALS:  # one signal to all and one from the launcher are two: the second must not end the save
         signal.signal(number, end_unless_asked)
-    signal.signal(signal.SIGINT, signals.interrupt_unless_saved)
+    signals.guard_interrupts()
     try:
         job = read_job(folder)
         logs.to_console(verbose=job.config.VERBOSE, rank=rank)

@@ -24,7 +24,7 @@ from typing import Any
 
 from vissl_like.config.check import Loaded, at_points, load_sweep
 from vissl_like.config.schema import Config
-from vissl_like.core.signals import SIGNALS, handled_by
+from vissl_like.core.signals import SIGNALS, guard_interrupts, handled_by
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -233,6 +233,7 @@ def _in_process(point: Point, config_dirs: list[str]) -> int:
 
 
 def _child(point: Point, config_dirs: list[str]) -> None:
+    guard_interrupts()
     sys.exit(_run_point(point, config_dirs))
 
 
