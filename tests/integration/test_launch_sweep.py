@@ -64,11 +64,9 @@ def test_lost_data_are_named_with_their_point(capsys: pytest.CaptureFixture[str]
     given = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.SEED_VALUE=1,2"]
     assert main([*ENDINGS, *given, "config.DATA.TRAIN.DATA_PATHS=[full],[empty],[none]"]) == 3
     lines = capsys.readouterr().err.splitlines()
-    of_seed = (
-        "(config.SEED_VALUE=1 config.DATA.TRAIN.DATA_PATHS=[{0}], and 1 more): config.DATA.TRAIN.DATA_PATHS.0='{0}': "
-    )
-    assert of_seed.format("empty") + "no image in this folder" in lines[0] and "point 2 of the sweep" in lines[0]
-    assert of_seed.format("none") + "no such file or folder" in lines[1]
+    where = "points {1} of the sweep (config.DATA.TRAIN.DATA_PATHS=[{0}]): config.DATA.TRAIN.DATA_PATHS.0='{0}': "
+    assert lines[0].startswith("error: " + where.format("empty", "2, 5") + "no image in this folder")
+    assert lines[1].startswith(where.format("none", "3, 6") + "no such file or folder")
     assert not Path("s").exists()
 
 

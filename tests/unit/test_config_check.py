@@ -174,8 +174,8 @@ def test_sweeps_are_checked_at_every_point() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 problems in the configuration:"
     assert lines[1] == "  command line: unknown key config.SEED_VALU; did you mean config.SEED_VALUE?"
-    assert lines[2].startswith("  point 2 of the sweep: command line: config.OPTIMIZER.NUM_EPOCHS=-1")
-    assert lines[3].startswith("  point 3 of the sweep: command line: config.OPTIMIZER.NUM_EPOCHS='x'")
+    assert lines[2].startswith("  points 2, 5 of the sweep (config.OPTIMIZER.NUM_EPOCHS=-1): command line: config.")
+    assert lines[3].startswith("  points 3, 6 of the sweep (config.OPTIMIZER.NUM_EPOCHS=x): command line: config.")
 
 
 @pytest.mark.parametrize(

@@ -91,17 +91,19 @@ def load_sweep(overrides: Sequence[str], *, config_dirs: list[str] | None = None
 
 
 def at_points(problems: Mapping[str, Sequence[int]], points: Sequence[Sequence[str]]) -> list[str]:
-    """Problems of a sweep's points (text -> numbers of the points), each with the overrides of the first that has it.
+    """Problems of a sweep's points (text -> numbers of the points), each with the overrides that those points share.
 
-    One that all points share is named alone.
+    One that all points have is named alone.
     """
     everywhere = set.intersection(*map(set, points))
     lines = []
     for problem, numbers in problems.items():
-        varied = " ".join(text for text in points[numbers[0]] if text not in everywhere)
-        others = f", and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-        is_shared = len(numbers) == len(points)
-        lines.append(problem if is_shared else f"point {numbers[0] + 1} of the sweep ({varied}{others}): {problem}")
+        first, *others = (points[number] for number in numbers)
+        shared = [text for text in first if text not in everywhere and all(text in other for other in others)]
+        which = f"points {', '.join(str(number + 1) for number in numbers[:8])}{', ...' * (len(numbers) > 8)}"
+        where = f"{which if others else which.replace('points', 'point')} of the sweep"
+        about = f"{where} ({' '.join(shared)})" if shared else where
+        lines.append(problem if len(numbers) == len(points) else f"{about}: {problem}")
     return lines
 
 
