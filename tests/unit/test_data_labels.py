@@ -371,6 +371,9 @@ def test_a_folder_as_label_path_means_its_classes(tmp_path: Path) -> None:
     assert same.class_names == ["a", "b"]
     with pytest.raises(ConfigError, match="folder of the images itself"):
         build_dataset(split("disk_folder", **options, LABEL_PATHS=[str(tmp_path)]), "TRAIN", seed=0)
+    written = write_for(same.source, tmp_path / "out", prefix="").parent
+    with pytest.raises(ConfigError, match=r"folder of a label stage. Give its file '.*/out/labels\.npy'"):
+        build_dataset(split("disk_folder", LABEL_PATHS=[str(written)]), "TRAIN", seed=0)
 
 
 def test_no_labels(tmp_path: Path) -> None:

@@ -180,6 +180,24 @@ def test_an_empty_folder_is_found_before_a_process_starts(
     assert said.endswith("Put images there, or give another folder.")
 
 
+@pytest.mark.parametrize(
+    ("source", "path", "text"),
+    [
+        ("disk_filelist", "images", "this is a folder, not a list. For a folder of images use DATA_SOURCES=[disk_folder]."),
+        ("disk_filelist", "none.txt", "the list is empty. It names one image per row (.npy) or line (.txt)."),
+        ("disk_folder", "none.txt", "this is a file, not a folder. For a .npy or .txt list use DATA_SOURCES=[disk_filelist]."),
+    ],
+)  # fmt: skip
+def test_folders_and_lists_are_told_apart(
+    workplace: Path, capsys: pytest.CaptureFixture[str], source: str, path: str, text: str
+) -> None:
+    make_images(workplace / "images", 6)
+    (workplace / "none.txt").touch()
+    given = [f"config.DATA.TRAIN.DATA_SOURCES=[{source}]", f"config.DATA.TRAIN.DATA_PATHS=[{path}]"]
+    said = refusals(capsys, "config=debug/supervised_synthetic", *given)
+    assert "config.DATA.TRAIN.DATA_PATHS.0=" in said and said.endswith(text)
+
+
 def test_several_layers_need_a_name_before_they_are_extracted(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

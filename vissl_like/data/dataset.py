@@ -212,6 +212,12 @@ def _label_files(options: Split, split: str, position: int) -> list[str]:
     folders = [file for file in files if os.path.isdir(file)]
     if not folders:
         return files
+    written = [os.path.join(folder, "labels.npy") for folder in folders]
+    if os.path.isfile(written[0]):
+        raise ConfigError(
+            f"config.DATA.{split}.LABEL_PATHS.{position}={given!r}: this is the folder of a label stage. Give its file "
+            f"{written[0]!r}."
+        )
     images = options.DATA_PATHS[position] if options.DATA_PATHS else folders[0]
     if len(files) > 1 or os.path.realpath(folders[0]) != os.path.realpath(images):
         raise ConfigError(

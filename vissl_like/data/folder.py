@@ -69,7 +69,8 @@ class FolderSource:
 
 
 def refuse_empty(folder: str | Path, *, key: str) -> None:
-    """Raise DataError unless there is an image below a folder; stops looking at the first one."""
+    """Raise DataError unless this is a folder with an image below it; stops looking at the first one."""
+    _must_be_folder(os.path.abspath(os.path.expanduser(str(folder))), given=str(folder), key=key)
     if next(images_below(os.path.abspath(os.path.expanduser(str(folder)))), None) is None:
         raise _empty(folder, key=key)
 
@@ -219,6 +220,10 @@ def read_list(file: str, *, key: str, mmap: bool = True) -> np.ndarray | PathTab
                 f"{key}={file!r}: cannot be read ({error.strerror}). Give a .npy or .txt list of images."
             ) from error
         return PathTable(line.strip() for line in lines if line.strip())
+    if os.path.isdir(file):
+        raise DataError(
+            f"{key}={file!r}: this is a folder, not a list. For a folder of images use DATA_SOURCES=[disk_folder]."
+        )
     if not file.endswith(".npy"):
         raise DataError(
             f"{key}={file!r}: a list of images is a .npy array of paths or a .txt file with one path per line."

@@ -43,7 +43,7 @@ def is_below(path: str | Path, folder: Path | None) -> bool:
 def _check(job: Job, run_dir: Path, *, made_in: Path | None = None) -> None:
     """Check one job; what lies below `made_in` is made, or made again, by an earlier stage."""
     config = job.config
-    _refuse_empty_folders(job)
+    _look_at_places(job, made_in=made_in)
     if job.engine_name == "cluster_features" and config.CLUSTERFIT.FEATURES.EXTRACT:
         _count_images(job, run_dir, made_in=made_in)
     elif job.engine_name == "cluster_features":
@@ -59,16 +59,22 @@ def _check(job: Job, run_dir: Path, *, made_in: Path | None = None) -> None:
             check_to_evaluate(config, folder)
 
 
-def _refuse_empty_folders(job: Job) -> None:
-    from vissl_like.data.folder import refuse_empty
+def _look_at_places(job: Job, *, made_in: Path | None) -> None:
+    """Folders of images hold some, and lists name some."""
+    from vissl_like.data.folder import FilelistSource, refuse_empty
 
     problems: list[str] = []
     for split in used_splits(job):
         options: Split = getattr(job.config.DATA, split)
         for number, (kind, path) in enumerate(zip(options.DATA_SOURCES, options.DATA_PATHS)):
+            key = f"config.DATA.{split}.DATA_PATHS.{number}"
+            if is_below(path, made_in):
+                continue
             try:
-                if kind == "disk_folder" and os.path.isdir(os.path.expanduser(path)):
-                    refuse_empty(path, key=f"config.DATA.{split}.DATA_PATHS.{number}")
+                if kind == "disk_folder" and path:
+                    refuse_empty(path, key=key)
+                elif kind == "disk_filelist" and path:
+                    FilelistSource(path, key=key)
             except DataError as error:
                 problems.append(str(error))
     if problems:
