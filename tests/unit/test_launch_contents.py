@@ -168,6 +168,12 @@ def test_a_chain_with_fewer_images_than_clusters(workplace: Path, capsys: pytest
     assert "NUM_CLUSTERS=6: TRAIN has only 4 images. Use at most 4 clusters, or more images." in said
 
 
+def test_a_training_with_fewer_images_than_a_step_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=500", "config.DATA.TRAIN.DROP_LAST=true", DRY]
+    assert main(["config=debug/supervised_synthetic", *said]) == 3
+    assert "64 images are too few for one step, which needs 500 on each of 1 processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("overrides", [["config=debug/supervised_synthetic"], CHAIN])
 def test_an_empty_folder_is_found_before_a_process_starts(
     workplace: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]

@@ -43,10 +43,10 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
         endpoint_of(job.config.DISTRIBUTED)
     processes = slurm.expected(job.config)
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
-    for dataset in sets.values():
-        refuse_few_images(job, dataset)
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)
+    for dataset in sets.values():
+        refuse_few_images(job, plan, dataset)
     parts = [
         (
             "Run",
@@ -87,8 +87,13 @@ def open_split(job: Job, split: str) -> ImageDataset:
     )
 
 
-def refuse_few_images(job: Job, dataset: ImageDataset) -> None:
-    """Raise DataError if these are fewer images than the clusters that the job is to make of them."""
+def refuse_few_images(job: Job, plan: Plan, dataset: ImageDataset) -> None:
+    """Raise DataError if these are fewer images than the job's clusters, or than one step of its training needs."""
+    if job.engine_name == "train" and dataset.split == "TRAIN" and job.config.OPTIMIZER.NUM_EPOCHS:
+        from vissl_like.data.loader import refuse_too_few
+
+        where = (plan.batch_per_rank, plan.accumulate, plan.world_size, job.config.DATA.TRAIN.DROP_LAST)
+        refuse_too_few(len(dataset), *where, split="TRAIN")
     if job.engine_name == "cluster_features" and job.config.CLUSTERFIT.FEATURES.EXTRACT:
         from vissl_like.engines.cluster_features import check_rows
 

@@ -54,7 +54,7 @@ def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Op
             continue
         sets[split] = _open(_without_labels(job, split) if awaited else job, split, opened)
         clusters = _clusters(stage, stages) if awaited else clusters
-        refuse_few_images(job, sets[split])
+        refuse_few_images(job, plan, sets[split])
         yield describe_split(split, sets[split], labels_from=", ".join(awaited), num_classes=clusters)
     if not sets:
         return
