@@ -94,6 +94,13 @@ def test_numbers_and_paths(
     assert text in refusals(capsys, *CLUSTER, override, code=code)
 
 
+@pytest.mark.parametrize("given", ["run", "run/features/TRAIN"])
+def test_the_folder_beside_the_features(workplace: Path, capsys: pytest.CaptureFixture[str], given: str) -> None:
+    write_features(workplace / "run" / "features", "TRAIN")
+    said = refusals(capsys, *CLUSTER, f"config.CLUSTERFIT.FEATURES.PATH={given}")
+    assert said.endswith("no extracted features of split TRAIN there (found: none). They are in 'run/features'.")
+
+
 @pytest.mark.parametrize("name", ["res5/shard_00001.npy", "res5/sums.npy", "images.npy", "labels.npy"])
 @pytest.mark.parametrize("damage", ["cut off", "gone"])
 def test_damaged_features(workplace: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str) -> None:
@@ -171,7 +178,7 @@ def test_a_chain_with_fewer_images_than_clusters(workplace: Path, capsys: pytest
 def test_a_training_with_fewer_images_than_a_step_needs(capsys: pytest.CaptureFixture[str]) -> None:
     said = ["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=500", "config.DATA.TRAIN.DROP_LAST=true", DRY]
     assert main(["config=debug/supervised_synthetic", *said]) == 3
-    assert "64 images are too few for one step, which needs 500 on each of 1 processes" in capsys.readouterr().err
+    assert "64 images are too few for one step, which needs 500 on each of 1 process " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overrides", [["config=debug/supervised_synthetic"], CHAIN])

@@ -456,8 +456,15 @@ def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES.P
                 f"{folder / split}: the extraction was interrupted. Run it again with the same configuration to finish it."
             )
         there = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}"))) or "none"
+        near = next(
+            (place for place in (folder / "features", folder.parent) if (place / split / MANIFEST).exists()), None
+        )
+        cure = (
+            f"They are in {str(near)!r}."
+            if near
+            else "Extract them first (engine extract_features), or correct the path."
+        )
         raise DataError(
-            f"config.{key}={str(folder)!r}: no extracted features of split {split} there (found: {there}). "
-            "Extract them first (engine extract_features), or correct the path."
+            f"config.{key}={str(folder)!r}: no extracted features of split {split} there (found: {there}). {cure}"
         )
     return manifest

@@ -167,7 +167,7 @@ class ImageDataset(torch.utils.data.Dataset):
             bad[candidate] = self._seen_bad[candidate] = reason
             candidate = rng.mix(self.seed, row, attempt) % len(self)
         raise DataError(
-            f"config.DATA.{self.split}: {_MAX_REPLACEMENTS} images in a row cannot be read, the first is "
+            f"config.DATA.{self.split}: {len(bad)} of {len(self)} images were tried, none can be read; the first is "
             f"{self._where(row)}: {bad[row]}. Mend or remove them."
         )
 

@@ -35,7 +35,8 @@ def refuse_too_few(
         return
     wanted = batch_per_rank * accumulate if drop_last else accumulate
     raise DataError(
-        f"config.DATA.{split}: {images} images are too few for one step, which needs {wanted} on each of {size} processes "
+        f"config.DATA.{split}: {images} images are too few for one step, which needs {wanted} "
+        f"on each of {size} process{'es' * (size > 1)} "
         f"(DROP_LAST={str(drop_last).lower()}). Give more images, or lower config.DATA.{split}.BATCHSIZE_PER_REPLICA, "
         "config.OPTIMIZER.ACCUMULATE_STEPS or the number of processes."
     )
