@@ -24,7 +24,7 @@ from typing import Any
 
 from vissl_like.config.check import Loaded, at_points, load_sweep
 from vissl_like.config.schema import Config
-from vissl_like.core.signals import SIGNALS, guard_interrupts, handled_by
+from vissl_like.core.signals import SIGNALS, guard_interrupts, handled_by, stopped
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -93,7 +93,10 @@ def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
             print(f"run {number} of {len(points)}: {point.label}", file=sys.stderr)
             lines.append(_run_and_record(point, ledger, config_dirs))
             if received:
-                print("stopped: the other runs of the sweep were not started.", file=sys.stderr)
+                said = "stopped: the other runs of the sweep were not started."
+                print(said, file=sys.stderr)
+                if lines[-1]["exit"] == EXIT_STOPPED:
+                    stopped(said)  # from here on another Ctrl-C changes nothing
                 break
     print(_summary(points, lines))
     return max((line["exit"] for line in lines), key=_gravity)
