@@ -31,13 +31,19 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         raise ZeroDivisionError("oops")
     if ending == "killed" and is_last:
         os.kill(os.getpid(), signal.SIGKILL)
-    if ending == "stop":
+    if ending in ("stop", "slow stop"):
         with signals.listen() as request:
             with open(run_dir / "listening", "a") as file:
                 file.write(f"{world.rank}\n")
             deadline = time.monotonic() + 60
             while not request.requested and time.monotonic() < deadline:
                 time.sleep(0.05)
+        if ending == "slow stop":  # a run whose last words take long
+            stopped = signals.stopped(f"stopped by {request.name} after step 1.")
+            with open(run_dir / "saved", "a") as file:
+                file.write(f"{world.rank}\n")
+            time.sleep(2)
+            raise stopped
         raise Stopped(f"stopped by {request.name} after step 1.")
     if ending == "deaf":
         (run_dir / "listening").touch()

@@ -293,7 +293,7 @@ def test_other_formats(images: Path, tmp_path: Path) -> None:
 def test_mistakes_of_the_configuration(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"DATA.VAL.DATA_SOURCES is empty"):
         run(job("extract_features", images, EXTRACT_FEATURES__SPLITS=["VAL"]), tmp_path)
-    with pytest.raises(ConfigError, match="no split has data"):
+    with pytest.raises(ConfigError, match="no split has images"):
         run(Job.model_validate({"engine_name": "extract_features"}), tmp_path)
 
 

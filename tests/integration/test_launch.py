@@ -217,8 +217,8 @@ def test_wrong_arguments_of_transforms_are_reported_once_and_before_anything_is_
     wrong = "config.DATA.TRAIN.TRANSFORMS=[{name: Resize, sise: 28}, {name: ColorJitter, hue: 7}, {name: ToTensor}]"
     assert main(["config=debug/supervised_synthetic", wrong, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"]) == 2
     text = capsys.readouterr().err
-    assert text.count("TRANSFORMS[0].sise: unknown argument; did you mean 'size'?") == 1
-    assert "TRANSFORMS[1]: ColorJitter does not take these values" in text and "rank" not in text
+    assert text.count("TRANSFORMS.0.sise: unknown argument; did you mean 'size'?") == 1
+    assert "TRANSFORMS.1: ColorJitter does not take these values" in text and "rank" not in text
     assert not Path("runs").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def start(started: list[subprocess.Popen[str]], workdir: Path, *overrides: str) 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     started.append(command)
     ranks = 2 if TWO in overrides else 1
@@ -147,6 +149,29 @@ def test_ctrl_c_saves_where_the_loop_listens(started: list[subprocess.Popen[str]
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 75 and "press Ctrl-C again" in error
+    assert error.strip().splitlines()[-1] == "stopped by SIGINT (Ctrl-C) after step 1."
+
+
+@pytest.mark.parametrize(
+    ("processes", "to_all"), [(TWO, True), ("config.DISTRIBUTED.NUM_PROC_PER_NODE=1", False)], ids=["terminal", "one"]
+)
+def test_ctrl_c_again_after_the_save_is_a_stop_all_the_same(
+    started: list[subprocess.Popen[str]], tmp_path: Path, processes: str, to_all: bool
+) -> None:
+    """A terminal sends Ctrl-C to every process."""
+    command = start(started, tmp_path, processes, "config.RUN.NAME='slow stop'")
+    press = functools.partial(os.killpg if to_all else os.kill, command.pid, signal.SIGINT)
+    press()
+    deadline = time.monotonic() + 60
+    while "0" not in ((tmp_path / "a/saved").read_text() if (tmp_path / "a/saved").exists() else ""):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.02)
+    while command.poll() is None:  # to the very end
+        press()
+        time.sleep(0.05)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 75, error
+    assert error.strip().splitlines()[-1] == "stopped by SIGINT (Ctrl-C) after step 1." and "Traceback" not in error
 
 
 def test_ctrl_c_elsewhere_ends_the_run(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from vissl_like.config.check import load_sweep
 from vissl_like.launch.main import main
-from vissl_like.launch.sweep import LEDGER, read
+from vissl_like.launch.sweep import LEDGER, make_points, read
 
 HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
@@ -25,7 +27,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
 
 
-def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(capfd: pytest.CaptureFixture[str]) -> None:
     overrides = [*ENDINGS, "config.SEED_VALUE=1,2", "config.RUN.NAME=mistake,ok"]
     assert main(overrides) == 3
     lines = read(Path("s") / LEDGER)
@@ -35,22 +37,52 @@ def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(capsys: pytest.Ca
         f"s/SEED_VALUE-{seed}__RUN.NAME-{name}" for seed in (1, 2) for name in ("mistake", "ok")
     ]
     assert "config.SEED_VALUE=2" in lines[2]["overrides"]
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
+    assert "error: config.SEED_VALUE=2 config.RUN.NAME=mistake: config.DATA: these images are wrong." in printed.err
     assert printed.out.count("failed (3)") == 2 and printed.out.count("done") == 2
     assert json.loads(Path("s/SEED_VALUE-2__RUN.NAME-ok/results.json").read_text())["seed"] == 2
 
     assert main(overrides) == 3  # finished points are skipped, failed ones are tried again
     lines = read(Path("s") / LEDGER)
     assert [line["status"] for line in lines] == ["failed", "done", "failed", "done", "failed", "failed"]
-    assert capsys.readouterr().err.count("finished before") == 2
+    assert capfd.readouterr().err.count("finished before") == 2
 
 
 def test_a_mistake_in_any_point_stops_the_sweep_before_its_first_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ENDINGS, "config.SEED_VALUE=1,-2"]) == 2
-    assert "point 2 of the sweep: command line: config.SEED_VALUE=-2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: point 2 of the sweep (config.SEED_VALUE=-2): command line: config.SEED_VALUE=-2: must be" in said
     assert main([*ENDINGS, "config.SEED_VALUE=1,2", "config.LABEL_PATHS=1"]) == 2
     assert main([*ENDINGS, "config.MODEL.WEIGHTS_INIT.PARAMS_FILE=none.pth", "config.SEED_VALUE=1,2"]) == 3
     assert not Path("s").exists()
+
+
+def test_lost_data_are_named_with_their_point(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Image.new("RGB", (9, 9)).save("full/a.png")
+    given = ["config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.SEED_VALUE=1,2"]
+    assert main([*ENDINGS, *given, "config.DATA.TRAIN.DATA_PATHS=[full],[empty],[none]"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    where = "points {1} of the sweep (config.DATA.TRAIN.DATA_PATHS=[{0}]): config.DATA.TRAIN.DATA_PATHS.0='{0}': "
+    assert lines[0].startswith("error: " + where.format("empty", "2, 5") + "no image in this folder")
+    assert lines[1].startswith(where.format("none", "3, 6") + "no such file or folder")
+    assert not Path("s").exists()
+
+
+def test_a_sweep_of_one_run_says_so_and_one_of_twins_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ENDINGS, "config.SEED_VALUE=4"]) == 0
+    said = capsys.readouterr()
+    assert "warning: -m: no key has several values, so this is a sweep of one run." in said.err
+    assert "Its folder: s/only." in said.err and "the only point" in said.out
+    assert json.loads(Path("s/only/results.json").read_text())["seed"] == 4
+    assert main([*ENDINGS, "config.SEED_VALUE=4,5,4"]) == 2
+    assert "-m: config.SEED_VALUE=4 is there twice; give each value once." in capsys.readouterr().err
+
+
+def test_points_have_folders_of_their_own() -> None:
+    names = [point.run_dir.name for point in make_points(load_sweep([*ENDINGS[1:], "config.RUN.NAME=a/b,a_b,c"]))]
+    assert len(set(names)) == 3 and names[2] == "RUN.NAME-c" and names[0].startswith("RUN.NAME-a_b_")
 
 
 def test_a_killed_point_does_not_take_the_sweep_with_it() -> None:

@@ -56,9 +56,9 @@ def test_unknown_keys(override: str, message: str) -> None:
         ("config.OPTIMIZER.NUM_EPOCHS=[3]", "config.OPTIMIZER.NUM_EPOCHS=[3]: must be a whole number, at least 0."),
         ("config.OPTIMIZER.WEIGHT_DECAY=nan", "config.OPTIMIZER.WEIGHT_DECAY=nan: must be a number, at least 0."),
         ("config.OPTIMIZER.MOMENTUM=1", "config.OPTIMIZER.MOMENTUM=1: must be a number, at least 0, less than 1."),
+        ("config.DATA.TRAIN.DATA_PATHS=images", "DATA_PATHS='images': must be a list of texts; write [images]."),
         ("config.RUN.DRY_RUN=maybe", "config.RUN.DRY_RUN='maybe': must be true or false."),
         ("config.MACHINE.DEVICE=gup", "must be one of auto, cpu, gpu; did you mean gpu?"),
-        ("config.DATA.TRAIN.DATA_PATHS=images", "config.DATA.TRAIN.DATA_PATHS='images': must be a list of texts."),
         ("config.EVALUATE.PROTOCOLS=[knn,liner]", "PROTOCOLS.1='liner': must be one of knn, linear, low_shot; did you mean"),
         ("config.OPTIMIZER.BETAS=[0.9]", "config.OPTIMIZER.BETAS"),
         ("config.OPTIMIZER=3", "config.OPTIMIZER=3: this is a section, not a value. Set one of its keys: NAME,"),
@@ -174,8 +174,8 @@ def test_sweeps_are_checked_at_every_point() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 problems in the configuration:"
     assert lines[1] == "  command line: unknown key config.SEED_VALU; did you mean config.SEED_VALUE?"
-    assert lines[2].startswith("  point 2 of the sweep: command line: config.OPTIMIZER.NUM_EPOCHS=-1")
-    assert lines[3].startswith("  point 3 of the sweep: command line: config.OPTIMIZER.NUM_EPOCHS='x'")
+    assert lines[2].startswith("  points 2, 5 of the sweep (config.OPTIMIZER.NUM_EPOCHS=-1): command line: config.")
+    assert lines[3].startswith("  points 3, 6 of the sweep (config.OPTIMIZER.NUM_EPOCHS=x): command line: config.")
 
 
 @pytest.mark.parametrize(

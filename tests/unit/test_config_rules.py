@@ -50,6 +50,14 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
         ([f"{LR}.NAME=multistep", f"{LR}.VALUES=[3,2,1]", f"{LR}.MILESTONES=[2,1]"], "epochs must rise"),
         ([f"{LR}.NAME=composite", f"{LR}.SCHEDULERS=[{{NAME: linear}}]", f"{LR}.LENGTHS=[0.5]"], "LENGTHS"),
         (["config.DATA.TRAIN.DATASET_NAMES=[a,b]"], "2 entries, but DATA_SOURCES=['synthetic'] has 1"),
+        (
+            ["config.DATA.TRAIN.DATA_PATHS=[x]"],
+            "DATA_PATHS.0='x': the source 'synthetic' (config.DATA.TRAIN.DATA_SOURCES) brings",
+        ),
+        (
+            ["config.DATA.TEST.DATA_SOURCES=[mnist5k]", "config.DATA.TEST.DATA_PATHS=[x]"],
+            "TEST.DATA_SOURCES=[disk_folder]; else",
+        ),
         (["config.DATA.VAL.DATA_PATHS=[x]"], "needs config.DATA.VAL.DATA_SOURCES=[disk_folder]"),
         (["config.DATA.TRAIN.DATA_SOURCES=[]"], "config.DATA.TRAIN.DATA_SOURCES=[]: the engine train needs data here"),
         (["config.DATA.TRAIN.DATA_LIMIT_SAMPLING.IS_BALANCED=true"], "needs config.DATA.TRAIN.DATA_LIMIT"),

@@ -126,7 +126,7 @@ def test_nothing_readable_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("")
     options = {"DATA_SOURCES": ["disk_folder"], "DATA_PATHS": [str(tmp_path)]}
     dataset = build_dataset(Data(TRAIN=options, MAX_BAD_FRACTION=1), "TRAIN", seed=0)
-    with pytest.raises(DataError, match=r"images in a row cannot be read, the first is .*a\.png: empty file"):
+    with pytest.raises(DataError, match=r"images were tried, none can be read; the first is .*a\.png: empty file"):
         dataset[0]
     with pytest.raises(DataError, match=r"a\.png: empty file"):
         dataset.image(0)

@@ -111,7 +111,7 @@ def test_an_unused_split() -> None:
 
 
 def test_transforms_are_checked_before_images_are_looked_for() -> None:
-    with pytest.raises(ConfigError, match=r"config\.DATA\.TRAIN\.TRANSFORMS\[0\]"):
+    with pytest.raises(ConfigError, match=r"config\.DATA\.TRAIN\.TRANSFORMS\.0"):
         build_dataset(Data(TRAIN=folder(Path("/nowhere"), TRANSFORMS=[{"name": "Resiz"}])), "TRAIN", seed=0)
 
 

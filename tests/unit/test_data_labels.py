@@ -188,6 +188,36 @@ def test_changed_images(tmp_path: Path, stamps: bool) -> None:
             read_labels(file, source=changed)
 
 
+def test_labelled_images_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_images(tmp_path / "images")
+    file = write_for(FolderSource(root), tmp_path / "out", prefix="")
+    (root / "b" / "1.png").unlink()
+    gone = r"1 of 5 images are gone since they were labelled, the first is '.*b/1\.png'\. .*"
+    options = {"LABEL_PATHS": [str(file)]}
+    for more in ({"DATA_PATHS": [str(root)]}, {"DATA_PATHS": [str(root)], "DATA_LIMIT": 2}, {}):
+        with pytest.raises(DataError, match=gone + "[lL]abel"):
+            build_dataset(split("disk_folder", **options, **more), "TRAIN", seed=0)
+    assert not caplog.messages
+
+
+def test_labels_of_images_that_are_left_out_are_a_remark(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_images(tmp_path / "images")
+    file = write_for(FolderSource(root), tmp_path / "out", prefix="")
+    limited = build_dataset(
+        split("disk_folder", DATA_PATHS=[str(root)], LABEL_PATHS=[str(file)], DATA_LIMIT=2), "TRAIN", seed=0
+    )
+    check_alignment(limited)
+    assert len(limited) == 2 and not caplog.messages
+    inner = build_dataset(split("disk_folder", DATA_PATHS=[str(root / "a")], LABEL_PATHS=[str(file)]), "TRAIN", seed=0)
+    check_alignment(inner)
+    assert "2 of the 5 images that it names are not among these 3, the first is 'b/1.png'" in caplog.messages[-1]
+    caplog.clear()
+    (root / "b" / "1.png").unlink()
+    root.rename(tmp_path / "moved")  # where they lay, there is nothing
+    read_labels(file, source=FolderSource(tmp_path / "moved"))
+    assert "1 of the 5 images that it names" in caplog.messages[-1]
+
+
 def test_duplicates_are_refused_when_written_and_when_read(tmp_path: Path) -> None:
     paths = np.array(["a.png", "b.png", "a.png"])
     with pytest.raises(DataError, match=r"named more than once, the first is 'a\.png'"):
@@ -258,7 +288,7 @@ def test_a_torn_manifest_is_an_error(tmp_path: Path) -> None:
 def test_missing_and_unfinished_files(tmp_path: Path) -> None:
     source = FolderSource(make_images(tmp_path / "images"))
     options = {"DATA_PATHS": [str(tmp_path / "images")], "LABEL_PATHS": [str(tmp_path / "absent_labels.npy")]}
-    with pytest.raises(DataError, match=r"LABEL_PATHS\[0\]=.*no such file"):
+    with pytest.raises(DataError, match=r"LABEL_PATHS\.0=.*no such file"):
         build_dataset(split("disk_folder", **options), "TRAIN", seed=0)
     with pytest.raises(DataError, match="no such file"):
         build_dataset(split("disk_filelist", LABEL_PATHS=options["LABEL_PATHS"]), "TRAIN", seed=0)
@@ -341,6 +371,9 @@ def test_a_folder_as_label_path_means_its_classes(tmp_path: Path) -> None:
     assert same.class_names == ["a", "b"]
     with pytest.raises(ConfigError, match="folder of the images itself"):
         build_dataset(split("disk_folder", **options, LABEL_PATHS=[str(tmp_path)]), "TRAIN", seed=0)
+    written = write_for(same.source, tmp_path / "out", prefix="").parent
+    with pytest.raises(ConfigError, match=r"folder of a label stage. Give its file '.*/out/labels\.npy'"):
+        build_dataset(split("disk_folder", LABEL_PATHS=[str(written)]), "TRAIN", seed=0)
 
 
 def test_no_labels(tmp_path: Path) -> None:
@@ -357,11 +390,11 @@ def test_no_labels(tmp_path: Path) -> None:
 def test_label_sources_may_not_contradict_the_files(tmp_path: Path) -> None:
     make_images(tmp_path / "images")
     options = {"DATA_PATHS": [str(tmp_path / "images")]}
-    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_filelist': there is no label file"):
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\.0='disk_filelist': there is no label file"):
         build_dataset(split("disk_folder", **options, LABEL_SOURCES=["disk_filelist"]), "TRAIN", seed=0)
     np.save(tmp_path / "x.npy", np.zeros(5, dtype=np.int64))
     given = {"LABEL_PATHS": [str(tmp_path / "x.npy")], "LABEL_ALIGNMENT": "position"}
-    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\[0\]='disk_folder': labels by folder, but"):
+    with pytest.raises(ConfigError, match=r"LABEL_SOURCES\.0='disk_folder': labels by folder, but"):
         build_dataset(split("disk_folder", **options, **given, LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0)
 
 

@@ -201,7 +201,7 @@ def test_crops_without_an_object_are_anywhere() -> None:
 
 
 def test_crop_on_mask_needs_masks_and_room() -> None:
-    with pytest.raises(ConfigError, match=r"TRANSFORMS\[0\].name='CropOnMask': there are no masks.* Use RandomCrop"):
+    with pytest.raises(ConfigError, match=r"TRANSFORMS\.0.name='CropOnMask': there are no masks.* Use RandomCrop"):
         build_views([t("CropOnMask", size=3)], key=KEY)
     with pytest.raises(ConfigError, match="size=0"):
         build_views([t("CropOnMask", size=0)], key=KEY, with_masks=True)

@@ -130,7 +130,7 @@ def test_paths_that_name_nothing(
     for name in ("b-00.tar", "b-01.tar", "x/in/y.tar"):
         write_tar(tmp_path / name, [])
     with pytest.raises(kind, match=text):
-        shards_of(path, key="config.DATA.TRAIN.DATA_PATHS[0]")
+        shards_of(path, key="config.DATA.TRAIN.DATA_PATHS.0")
 
 
 # ---------------------------------------------------------------------------------- what lies in a shard

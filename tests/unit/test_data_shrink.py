@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from PIL import Image
 
 from vissl_like.data.decode import read_image
 from vissl_like.data.folder import FolderSource
-from vissl_like.data.shrink import main, shrink
+from vissl_like.data.shrink import in_bytes, shrink
 from vissl_like.data.shrink_files import shrink_image
+from vissl_like.data.tools import main
 from vissl_like.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +149,7 @@ def test_bad_images_are_listed(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "copy/bad_images.txt").exists()
 
 
-PROGRAM = "import sys; from vissl_like.data.shrink import main; sys.exit(main(sys.argv[1:]))"
+PROGRAM = "import sys; from vissl_like.data.tools import main; sys.exit(main(sys.argv[1:]))"
 
 
 def command(*words: object) -> list[str]:
@@ -254,9 +256,9 @@ def test_command_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["shrink", str(images), str(copy), "--short-side", "64", "--quality", "80", "--workers", "0"]) == 0
     said = capsys.readouterr()
     assert "5 images made smaller, 1 small ones copied, 0 there already" in said.out and "2 cannot be read" in said.out
-    assert "8/8" in said.err
+    assert "8/8" in said.err and re.search(r"there already, \d+\.\d kB became \d+\.\d kB\.", said.out)
     for words, text in (
-        ([], "required"),
+        (["shrink"], "required"),
         (["shrink", "x"], "DST"),
         (["shrnk", "x", "y"], "shrnk"),
         (["shrink", "x", "y", "--quality", "101"], "from 1 to 100"),
@@ -269,5 +271,17 @@ def test_command_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_help_is_quick() -> None:
     program = f"import sys\ntry:\n    {PROGRAM}\nfinally:\n    assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--short-side" in done.stdout and not done.stderr
+    done = subprocess.run([sys.executable, "-c", program, "shrink", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    usage = " ".join(done.stdout.partition("\n\n")[0].split())
+    assert (
+        usage.startswith("usage: vissl-like data shrink [-h]") and usage.endswith("SRC DST") and "{shrink}" not in usage
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (2_345_678, "2.3 MB"), (7e9, "7.0 GB")],
+)
+def test_sizes_in_words(size: int, text: str) -> None:
+    assert in_bytes(size) == text

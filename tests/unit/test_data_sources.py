@@ -136,7 +136,7 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
 def test_folder_errors_name_the_cure(tmp_path: Path) -> None:
     put(tmp_path / "images", "a.png")
     with pytest.raises(DataError, match=r"no such folder.*Did you mean '.*images'"):
-        FolderSource(tmp_path / "imagse", key="config.DATA.TRAIN.DATA_PATHS[0]")
+        FolderSource(tmp_path / "imagse", key="config.DATA.TRAIN.DATA_PATHS.0")
     with pytest.raises(DataError, match="disk_filelist"):
         FolderSource(tmp_path / "images" / "a.png")
     (tmp_path / "void").mkdir()

@@ -133,7 +133,7 @@ def test_two_classes_and_one_class() -> None:
     (x, y), (tx, ty) = data(60, classes=2, spread=0.2), data(30, classes=2, seed=5, spread=0.2)
     score = linear_probe(Labelled(ArrayRows(x), y), Labelled(ArrayRows(tx), ty), c_values=[1.0])
     assert score.top1 == 30 and score.top5 is None
-    with pytest.raises(DataError, match="at least two classes"):
+    with pytest.raises(DataError, match="all labels of TRAIN are of one class"):
         linear_probe(Labelled(ArrayRows(x), np.zeros(60, dtype=int)), Labelled(ArrayRows(tx), ty), c_values=[1.0])
 
 

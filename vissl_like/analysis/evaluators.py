@@ -220,6 +220,14 @@ def low_shot(
 
 def draw_per_class(labels: np.ndarray, samples: int, *, seed: int, draw: int) -> np.ndarray:
     """Ascending rows: the first `samples` of each class in the order of this draw."""
+    refuse_too_few(labels, samples)
+    classes = np.unique(labels)
+    order = rng.permutation(seed, draw, len(labels))
+    return np.sort(np.concatenate([order[labels[order] == c][:samples] for c in classes]))
+
+
+def refuse_too_few(labels: np.ndarray, samples: int) -> None:
+    """Raise DataError if a class has fewer than `samples` of these labels (n,)."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min(initial=samples) < samples:
         short = classes[counts.argmin()]
@@ -227,8 +235,16 @@ def draw_per_class(labels: np.ndarray, samples: int, *, seed: int, draw: int) ->
             f"config.LOW_SHOT.SAMPLES_PER_CLASS={samples}: class {short} has only {counts.min()} training images. "
             f"Use at most {counts.min()}."
         )
-    order = rng.permutation(seed, draw, len(labels))
-    return np.sort(np.concatenate([order[labels[order] == c][:samples] for c in classes]))
+
+
+def refuse_one_class(labels: np.ndarray, *, place: str = "config.DATA") -> None:
+    """Raise DataError if these labels (n,) are all of one class; `place` says whose they are."""
+    found = np.unique(labels)
+    if len(found) < 2:
+        raise DataError(
+            f"{place}: all labels of TRAIN are of one class ({found.tolist()}), but a probe learns to tell two or more apart. "
+            "Give images of several classes, or set config.EVALUATE.PROTOCOLS=[knn]."
+        )
 
 
 def _standardise(
@@ -263,8 +279,7 @@ def _fit(x: np.ndarray, y: np.ndarray, *, c: float, max_iter: int) -> Any:
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    if len(np.unique(y)) < 2:
-        raise DataError("a linear probe needs labels of at least two classes in the training split.")
+    refuse_one_class(y)
     with threadpool_limits(
         1
     ):  # OpenMP keeps a limit per calling thread, so the one around all fits does not reach here

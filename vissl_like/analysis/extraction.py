@@ -30,7 +30,7 @@ from vissl_like.core.evaluation import Arithmetic
 from vissl_like.core.on_main import on_main
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import row_batches
-from vissl_like.errors import DataError, Stopped
+from vissl_like.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[No
             raise
     if stop.requested:
         writer.close()
-        raise Stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
+        raise signals.stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
 
 
 def _finish(target: Path, *, is_new: bool) -> dict[str, Any]:

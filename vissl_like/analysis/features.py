@@ -345,12 +345,18 @@ class FeatureStore:
         if not layer and len(layers) == 1:
             layer = layers[0]
         if layer not in layers:
-            hint = suggest(layer, layers) if layer else ""
+            what = f"has no such layer{suggest(layer, layers) or '.'}" if layer else "has several layers; name one."
             raise DataError(
-                f"config.CLUSTERFIT.FEATURES.LAYER_NAME={layer!r}: {folder / split} has no such layer{hint or '.'} "
-                f"Extracted: {', '.join(layers)}."
+                f"config.CLUSTERFIT.FEATURES.LAYER_NAME={layer!r}: {folder / split} {what} Extracted: {', '.join(layers)}."
             )
-        return cls(folder / split, manifest, layer)
+        store = cls(folder / split, manifest, layer)
+        store.refuse_incomplete()
+        return store
+
+    def refuse_incomplete(self) -> None:
+        """Raise DataError if a small file is missing or cut off: they are read last, after the long work."""
+        for name in self.manifest.get("files", {}):
+            self._whole(name, with_content=False)
 
     def _map(self, file: str, number: int) -> NpyFile:
         start = number * self.shard_rows
@@ -366,10 +372,10 @@ class FeatureStore:
     def _array(self, name: str) -> np.ndarray:
         return np.load(self._whole(name), allow_pickle=False)
 
-    def _whole(self, name: str) -> Path:
-        """A file beside the shards, if it is as the extraction left it."""
+    def _whole(self, name: str, *, with_content: bool = True) -> Path:
+        """A file beside the shards, if it is as the extraction left it (or at least has its size)."""
         file = self.folder / name
-        problem = damage(file, self.manifest.get("files", {}).get(name, {}))
+        problem = damage(file, self.manifest.get("files", {}).get(name, {}), with_content=with_content)
         if problem:
             raise DataError(
                 f"{file}: {problem}. Remove it and run the extraction again with the same configuration; it makes only what "
@@ -450,8 +456,15 @@ def read_manifest(folder: Path, split: str, *, key: str = "CLUSTERFIT.FEATURES.P
                 f"{folder / split}: the extraction was interrupted. Run it again with the same configuration to finish it."
             )
         there = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}"))) or "none"
+        near = next(
+            (place for place in (folder / "features", folder.parent) if (place / split / MANIFEST).exists()), None
+        )
+        cure = (
+            f"They are in {str(near)!r}."
+            if near
+            else "Extract them first (engine extract_features), or correct the path."
+        )
         raise DataError(
-            f"config.{key}={str(folder)!r}: no extracted features of split {split} there (found: {there}). "
-            "Extract them first (engine extract_features), or correct the path."
+            f"config.{key}={str(folder)!r}: no extracted features of split {split} there (found: {there}). {cure}"
         )
     return manifest

@@ -57,17 +57,23 @@ def standardised(rows: Rows, *, threads: int = 1) -> MappedRows:
     return MappedRows(rows, fit_standardiser(rows, threads=threads))
 
 
+def check_components(dim: int, rows: Rows, *, key: str = "dim") -> None:
+    """Raise ConfigError if rows of this number and width have fewer principal components."""
+    limit = min(rows.dim, len(rows))
+    if dim > limit:
+        raise ConfigError(
+            f"config.{key}={dim}: {len(rows)} rows of {rows.dim} dimensions have at most {limit} principal components. "
+            f"Use at most {limit}."
+        )
+
+
 def fit_pca(rows: Rows, dim: int, *, whiten: bool = False, key: str = "dim", threads: int = 1) -> Pca:
     """The first `dim` principal components, from an eigen-decomposition of the covariance matrix in float64.
 
     `whiten` divides each projection by its singular value, which makes all of them equally long over the rows (squares add
     up to 1), as VISSL does. It subtracts the mean twice, a shift that changes no distance; we subtract it once.
     """
-    limit = min(rows.dim, len(rows))
-    if dim > limit:
-        raise ConfigError(
-            f"config.{key}={dim}: {len(rows)} rows of {rows.dim} dimensions have at most {limit} principal components."
-        )
+    check_components(dim, rows, key=key)
     mean = _mean(rows, threads=threads)
 
     def products(span: tuple[int, int]) -> np.ndarray:
@@ -106,5 +112,5 @@ def _ordered_sum(function: Callable[[tuple[int, int]], np.ndarray], count: int, 
     for part in each(function, spans(count, BLOCK_ROWS), threads=threads):
         total = part if total is None else total + part
     if total is None:
-        raise DataError("there are no rows to take the mean of.")
+        raise DataError("config.CLUSTERFIT.FEATURES: there are no rows to take the mean of. Give more images.")
     return total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -86,12 +86,25 @@ def load_sweep(overrides: Sequence[str], *, config_dirs: list[str] | None = None
         for problem in found.problems:
             problems.setdefault(problem, []).append(number)
     if problems:
-        lines = [
-            problem if len(numbers) == len(points) else f"point {numbers[0] + 1} of the sweep: {problem}"
-            for problem, numbers in problems.items()
-        ]
-        raise ConfigError(report(lines))
+        raise ConfigError(report(at_points(problems, points)))
     return [loaded for loaded, _ in results if loaded is not None]
+
+
+def at_points(problems: Mapping[str, Sequence[int]], points: Sequence[Sequence[str]]) -> list[str]:
+    """Problems of a sweep's points (text -> numbers of the points), each with the overrides that those points share.
+
+    One that all points have is named alone.
+    """
+    everywhere = set.intersection(*map(set, points))
+    lines = []
+    for problem, numbers in problems.items():
+        first, *others = (points[number] for number in numbers)
+        shared = [text for text in first if text not in everywhere and all(text in other for other in others)]
+        which = f"points {', '.join(str(number + 1) for number in numbers[:8])}{', ...' * (len(numbers) > 8)}"
+        where = f"{which if others else which.replace('points', 'point')} of the sweep"
+        about = f"{where} ({' '.join(shared)})" if shared else where
+        lines.append(problem if len(numbers) == len(points) else f"{about}: {problem}")
+    return lines
 
 
 def compose_stage(recipe: str | None, inherited: dict[str, Any], own: dict[str, Any], *, where: str) -> Job:
@@ -407,6 +420,8 @@ def _type_problem(path: KeyPath, tree: dict[str, Any], found: _Findings) -> None
     hint = f"; did you mean {near[0]}?" if near else "."
     if value is None:
         hint = ". Leave it out for the default" + (f" {entry.default!r}." if entry.default != "" else ".")
+    elif entry.allowed.startswith("a list") and not is_element and isinstance(value, str | int | float):
+        hint = f"; write [{value}]."
     elif entry.type == "text":
         hint = "; put it in quotes." if isinstance(value, bool | int | float) else "."
     found.problem(f"{key}={value!r}: must be {allowed}{hint}", found.place(path))

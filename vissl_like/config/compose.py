@@ -236,6 +236,9 @@ def expand_sweep(overrides: list[str], recipe_names: list[str]) -> list[list[str
         raise ConfigError(f"-m: {error}. Use a comma list, choice(...), range(...) or glob(...).") from None
     if not grid:
         raise ConfigError(f"{COMMAND_LINE}: -m: the sweep has no point; glob(...) matched no recipe.")
+    twice = next((point for number, point in enumerate(grid) if point in grid[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"{COMMAND_LINE}: -m: {' '.join(twice)} is there twice; give each value once.")
     return [[text for text in fixed.values() if text is not None] + list(point) for point in grid]
 
 

@@ -24,6 +24,8 @@ _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
 #: Sources that make their folder where it is missing.
 _DRAWN = ("toybirds", "toy_waterbirds")
+#: Sources that bring or draw their images themselves.
+_WITHOUT_PATH = ("synthetic", "mnist5k", "digits")
 #: Optimizers whose fused step PyTorch has for sharded weights, too.
 _FUSED_SHARDED = ("adam", "adamw")
 #: Tasks that mix the images of a batch (DATA.MIX).
@@ -210,6 +212,14 @@ def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
                 f"{key}={values}: {len(values)} entries, but DATA_SOURCES={options.DATA_SOURCES} has {count}; "
                 "give one for each source.",
             )
+    for number, (source, path) in enumerate(zip(options.DATA_SOURCES, options.DATA_PATHS)):
+        if path and source in _WITHOUT_PATH:
+            key = f"{prefix}.DATA_PATHS.{number}"
+            yield (
+                key,
+                f"{key}={path!r}: the source {source!r} ({prefix}.DATA_SOURCES) brings its own images and reads no path. "
+                f"For images of yours set {prefix}.DATA_SOURCES=[disk_folder]; else leave DATA_PATHS out.",
+            )
     limits = options.DATA_LIMIT_SAMPLING
     if limits.IS_BALANCED and options.DATA_LIMIT < 0:
         key = f"{prefix}.DATA_LIMIT_SAMPLING.IS_BALANCED"
@@ -235,15 +245,16 @@ def _heads_and_pooling(config: Config) -> Iterator[Problem]:
 
 def _wanted_layers(job: Job) -> Iterator[Problem]:
     """Layers that are named for clustering or evaluation are among those that the same run extracts."""
-    config = job.config
+    config, extracted = job.config, _extracted_layers(job.config)
     wanted: list[tuple[str, list[str]]] = []
     if job.engine_name == "cluster_features" and config.CLUSTERFIT.FEATURES.EXTRACT:
-        name = config.CLUSTERFIT.FEATURES.LAYER_NAME
-        wanted = [("config.CLUSTERFIT.FEATURES.LAYER_NAME", [name] if name else [])]
+        key, name = "config.CLUSTERFIT.FEATURES.LAYER_NAME", config.CLUSTERFIT.FEATURES.LAYER_NAME
+        wanted = [(key, [name] if name else [])]
+        if not name and len(extracted) > 1:
+            yield key, f"{key}='': this run extracts several layers; name the one to cluster: {', '.join(extracted)}."
     if job.engine_name == "evaluate" and not config.EVALUATE.FEATURES_PATH:
         sections = ("NEAREST_NEIGHBOR", "LINEAR_PROBE", "LOW_SHOT")
         wanted = [(f"config.{section}.LAYERS", getattr(config, section).LAYERS) for section in sections]
-    extracted = _extracted_layers(config)
     for key, layers in wanted:
         for layer in layers:
             if layer not in extracted and not layer.startswith("heads"):
@@ -273,6 +284,13 @@ def _number_lists(config: Config) -> Iterator[Problem]:
     for name, counts in whole:
         if not counts or min(counts) < 1:
             yield f"config.{name}", f"config.{name}={counts}: must be one or more whole numbers, each at least 1."
+    if 0 <= config.CLUSTERFIT.DATA_LIMIT < config.CLUSTERFIT.NUM_CLUSTERS:
+        key = "config.CLUSTERFIT.DATA_LIMIT"
+        yield (
+            key,
+            f"{key}={config.CLUSTERFIT.DATA_LIMIT}: fewer rows than config.CLUSTERFIT.NUM_CLUSTERS="
+            f"{config.CLUSTERFIT.NUM_CLUSTERS}. Give at least as many rows as clusters; -1: all.",
+        )
     c_values = config.LINEAR_PROBE.C
     if not c_values or min(c_values) <= 0:
         key = "config.LINEAR_PROBE.C"

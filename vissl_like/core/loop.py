@@ -347,8 +347,7 @@ class Training:
     def stopped(self) -> Stopped:
         """The end after a signal, once everything is on the disk."""
         self.saver.finish()
-        signals.is_being_answered()
-        return Stopped(
+        return signals.stopped(
             f"stopped by {self.stop.name or 'a signal to another process'} after step {self.step} of "
             f"{self.options.total_steps}; saved in {self.run_dir}. The same command goes on from there."
         )

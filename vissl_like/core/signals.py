@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import threading
@@ -10,10 +11,18 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from vissl_like.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-
 _was_asked = False
+_saved = ""
+_listening: StopRequest | None = None
+
+
+def name_of(number: int) -> str:
+    """A signal as messages name it."""
+    return "SIGINT (Ctrl-C)" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def end_unless_asked(number: int, frame: FrameType | None) -> None:
@@ -23,14 +32,50 @@ def end_unless_asked(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(number)
 
 
-def is_being_answered() -> None:
-    """Say that this process stops because another one was asked to: the signal that still comes must not end it."""
+def interrupt_unless_saved(number: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C: as usual, but not once everything is on the disk."""
+    if not _saved:
+        raise KeyboardInterrupt
+
+
+def guard_interrupts() -> None:
+    """Give Ctrl-C to interrupt_unless_saved() for the rest of this process, unless somebody else has taken or ignored it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt_unless_saved)
+        atexit.register(_end_in_peace)
+
+
+def _end_in_peace() -> None:
+    """Python gives its handlers back before the libraries have ended, and Ctrl-C would then kill the process."""
+    if _saved:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ask(number: int) -> bool:
+    """Ask whoever listens in this process to stop, as the SIGNALS do; False if nobody does."""
     global _was_asked
+    if _listening is None:
+        return False
     _was_asked = True
+    _listening.name = _listening.name or name_of(number)
+    return True
+
+
+def stopped(message: str) -> Stopped:
+    """The end after a request, once everything is on the disk: a signal that still comes must not make it another one."""
+    global _was_asked, _saved
+    _was_asked, _saved = True, message
+    return Stopped(message)
+
+
+def saved() -> str:
+    """What stopped() was told in this process, since somebody listened last; else empty."""
+    return _saved
 
 
 class StopRequest:
-    """Whether a signal has come, and which."""
+    """Whether a signal has come, and which was the first."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -70,12 +115,15 @@ def handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signa
 @contextlib.contextmanager
 def listen() -> Iterator[StopRequest]:
     """Note the signals instead of dying from them (in the main thread)."""
-    request = StopRequest()
+    global _listening, _saved
+    former, request = _listening, StopRequest()
+    _listening, _saved = request, ""
 
     def note(number: int, frame: FrameType | None) -> None:
-        global _was_asked
-        _was_asked = True
-        request.name = signal.Signals(number).name
+        ask(number)
 
-    with handled_by(note, *SIGNALS):
-        yield request
+    try:
+        with handled_by(note, *SIGNALS):
+            yield request
+    finally:
+        _listening = former

@@ -179,7 +179,7 @@ def _refused(error: pickle.UnpicklingError) -> str | None:
 
 
 def _torn(path: Path, error: Exception) -> WeightsError:
-    first = (str(error).strip().splitlines() or [""])[0][:120]
+    first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0][:120]  # PyTorch goes on about its options
     return WeightsError(
         f"{KEY}.PARAMS_FILE={str(path)!r}: not a weights file, or damaged ({type(error).__name__}: {first})."
         " Download or copy it again; .pth, .pt, .torch, .ckpt, .bin and .safetensors can be read."

@@ -152,10 +152,10 @@ def refuse_missing_masks(source: Source, *, key: str) -> None:
 
 def required_folder(request: SourceRequest) -> Path:
     """The folder of DATA_PATHS, which must be there."""
-    key = f"{request.key('DATA_PATHS')}[{request.position}]"
+    key = f"{request.key('DATA_PATHS')}.{request.position}"
     if not request.path:
         raise ConfigError(f"{key} is not given: set it to the folder of the data set.")
     folder = Path(request.path).expanduser().absolute()
     if not folder.is_dir():
-        raise DataError(f"{key}={request.path!r}: no such folder.")
+        raise DataError(f"{key}={request.path!r}: no such folder. Set it to the folder of the data set.")
     return folder

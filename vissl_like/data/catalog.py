@@ -38,7 +38,7 @@ def find_catalog(option: str) -> Path | None:
         if given:
             file = Path(os.path.expanduser(given))
             if not file.is_file():
-                raise DataError(f"{key}={given!r}: no such file.")
+                raise DataError(f"{key}={given!r}: no such file. Give the JSON file of a catalog, or leave it empty.")
             return file
     return next((Path(place) for place in DEFAULT_PLACES if Path(place).is_file()), None)
 
@@ -66,7 +66,9 @@ def _read(file: Path) -> dict[str, dict[str, list[str]]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not a readable JSON catalog ({error}).") from error
+        raise DataError(
+            f"{file}: not a readable JSON catalog ({error}). Mend it, or name another by config.DATA.CATALOG."
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
         raise DataError(f'{file}: a catalog is {{name: {{"train": [images, labels], "val": [images, labels]}}}}.')
     return found

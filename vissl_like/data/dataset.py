@@ -176,7 +176,7 @@ def _check_label_source(options: Split, split: str, position: int, label_files: 
     if options.LABEL_TYPE != "standard" or position >= len(options.LABEL_SOURCES):
         return
     kind = options.LABEL_SOURCES[position]
-    where = f"config.DATA.{split}.LABEL_SOURCES[{position}]={kind!r}"
+    where = f"config.DATA.{split}.LABEL_SOURCES.{position}={kind!r}"
     if kind == "disk_filelist" and not label_files and not options.LABEL_PATHS:
         raise ConfigError(
             f"{where}: there is no label file. Give config.DATA.{split}.LABEL_PATHS, or leave LABEL_SOURCES empty to take "
@@ -208,14 +208,20 @@ def _label_files(options: Split, split: str, position: int) -> list[str]:
     files = [given] if isinstance(given, str) else list(given)
     for file in files:
         if not os.path.exists(os.path.expanduser(file)):
-            raise DataError(f"config.DATA.{split}.LABEL_PATHS[{position}]={file!r}: no such file.")
+            raise DataError(f"config.DATA.{split}.LABEL_PATHS.{position}={file!r}: no such file.")
     folders = [file for file in files if os.path.isdir(file)]
     if not folders:
         return files
+    written = [os.path.join(folder, "labels.npy") for folder in folders]
+    if os.path.isfile(written[0]):
+        raise ConfigError(
+            f"config.DATA.{split}.LABEL_PATHS.{position}={given!r}: this is the folder of a label stage. Give its file "
+            f"{written[0]!r}."
+        )
     images = options.DATA_PATHS[position] if options.DATA_PATHS else folders[0]
     if len(files) > 1 or os.path.realpath(folders[0]) != os.path.realpath(images):
         raise ConfigError(
-            f"config.DATA.{split}.LABEL_PATHS[{position}]={given!r}: give .npy label files, or, to take sub-folders as "
+            f"config.DATA.{split}.LABEL_PATHS.{position}={given!r}: give .npy label files, or, to take sub-folders as "
             f"classes, the folder of the images itself ({images!r})."
         )
     return []
@@ -264,13 +270,15 @@ def _labels_of(source: Source, opened: list[_Opened], options: Split, split: str
     ]
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
-        raise DataError(f"config.DATA.{split}: only {len(found)} of {len(parts)} sources have labels.")
-    return join_labels(found)
+        raise DataError(
+            f"config.DATA.{split}: only {len(found)} of {len(parts)} sources have labels. Give LABEL_PATHS for all."
+        )
+    return join_labels(found, key=f"config.DATA.{split}.LABEL_PATHS")
 
 
 def _read_files(files: list[str], *, source: Source, alignment: str, mmap: bool, key: str) -> Labels:
     parts = [read_labels(file, source=source, alignment=alignment, mmap=mmap, key=key) for file in files]
-    return parts[0] if len(parts) == 1 else multi_hot(parts)
+    return parts[0] if len(parts) == 1 else multi_hot(parts, key=key)
 
 
 def _own_labels(source: Source, options: Split, split: str) -> Labels | None:

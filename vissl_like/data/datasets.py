@@ -188,7 +188,7 @@ def torchvision_names() -> list[str]:
 def _open_torchvision(request: SourceRequest) -> Any:
     import torchvision.datasets
 
-    key = f"{request.key('DATASET_NAMES')}[{request.position}]"
+    key = f"{request.key('DATASET_NAMES')}.{request.position}"
     known = torchvision_names()
     if request.name not in known:
         hint = suggest(request.name, known) or "."
@@ -232,7 +232,7 @@ def _first_that_opens(
             refused = str(error)
         except ModuleNotFoundError as error:
             raise DataError(
-                f"{request.key('DATASET_NAMES')}={request.name!r}: needs the package {error.name}."
+                f"{request.key('DATASET_NAMES')}={request.name!r}: needs the package {error.name}: pip install {error.name}."
             ) from error
         except Exception as error:
             # Missing files are RuntimeError, a failed download is URLError, damaged archives are many things.
@@ -241,7 +241,10 @@ def _first_that_opens(
                 f"({' '.join(str(error).split())[:200]}). Put the data set's files there, or let torchvision fetch "
                 "them: config.DATA.DOWNLOAD=true."
             ) from error
-    raise DataError(f"{request.key('DATASET_NAMES')}={request.name!r}: has no {request.split} split ({refused}).")
+    raise DataError(
+        f"{request.key('DATASET_NAMES')}={request.name!r}: has no {request.split} split ({refused}). "
+        f"Leave config.DATA.{request.split} empty."
+    )
 
 
 def _labels_of(data: Any) -> np.ndarray | None:

@@ -35,17 +35,14 @@ class FolderSource:
         _must_be_folder(self.root, given=str(folder), key=key)
         found = list_folder(self.root)
         if not len(found.paths):
-            raise DataError(
-                f"{key}={str(folder)!r}: no image in this folder or below it. "
-                f"Known extensions: {', '.join(IMAGE_EXTENSIONS)}."
-            )
+            raise _empty(folder, key=key)
         self._paths, self.class_names, self.labels = found.paths, found.class_names, found.class_numbers
         _warn_of_layout(found, folder=str(folder), key=key)
 
     @classmethod
     def build(cls, request: SourceRequest) -> FolderSource:
         return cls(
-            request.path, name=request.name or "disk_folder", key=f"{request.key('DATA_PATHS')}[{request.position}]"
+            request.path, name=request.name or "disk_folder", key=f"{request.key('DATA_PATHS')}.{request.position}"
         )
 
     def __len__(self) -> int:
@@ -71,6 +68,20 @@ class FolderSource:
         return file_sizes(self.file(row) for row in range(len(self)))
 
 
+def refuse_empty(folder: str | Path, *, key: str) -> None:
+    """Raise DataError unless this is a folder with an image below it; stops looking at the first one."""
+    _must_be_folder(os.path.abspath(os.path.expanduser(str(folder))), given=str(folder), key=key)
+    if next(images_below(os.path.abspath(os.path.expanduser(str(folder)))), None) is None:
+        raise _empty(folder, key=key)
+
+
+def _empty(folder: str | Path, *, key: str) -> DataError:
+    return DataError(
+        f"{key}={str(folder)!r}: no image in this folder or below it. "
+        f"Known extensions: {', '.join(IMAGE_EXTENSIONS)}. Put images there, or give another folder."
+    )
+
+
 def folder_classes(folder: str | Path) -> list[str] | None:
     """The class names that FolderSource finds, without listing every image; None where it finds none."""
     root = os.path.abspath(os.path.expanduser(str(folder)))
@@ -94,7 +105,7 @@ def _must_be_folder(root: str, *, given: str, key: str) -> None:
     parent = os.path.dirname(root)
     near = difflib.get_close_matches(os.path.basename(root), os.listdir(parent) if os.path.isdir(parent) else [], n=1)
     hint = f" Did you mean {os.path.join(parent, near[0])!r}?" if near else ""
-    raise DataError(f"{key}={given!r}: no such folder (looked for {root}).{hint}")
+    raise DataError(f"{key}={given!r}: no such folder (looked for {root}).{hint or ' Correct the path.'}")
 
 
 def _warn_of_layout(found: Listing, *, folder: str, key: str) -> None:
@@ -138,7 +149,9 @@ class FilelistSource:
         self.labels: np.ndarray | None = None
         self._entries: np.ndarray | PathTable | None = None
         if len(self.entries) == 0:
-            raise DataError(f"{key}={str(file)!r}: the list is empty.")
+            raise DataError(
+                f"{key}={str(file)!r}: the list is empty. It names one image per row (.npy) or line (.txt)."
+            )
         manifest = read_siblings(self._list_file).manifest
         self._base = str(manifest.get("root") or os.path.dirname(self._list_file))
         rewritten = remove_prefix or new_prefix
@@ -153,7 +166,7 @@ class FilelistSource:
             remove_prefix=request.options.REMOVE_IMG_PATH_PREFIX,
             new_prefix=request.options.NEW_IMG_PATH_PREFIX,
             mmap=request.options.MMAP_MODE,
-            key=f"{request.key('DATA_PATHS')}[{request.position}]",
+            key=f"{request.key('DATA_PATHS')}.{request.position}",
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -203,8 +216,14 @@ def read_list(file: str, *, key: str, mmap: bool = True) -> np.ndarray | PathTab
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise DataError(f"{key}={file!r}: cannot read this list ({error.strerror}).") from error
+            raise DataError(
+                f"{key}={file!r}: cannot be read ({error.strerror}). Give a .npy or .txt list of images."
+            ) from error
         return PathTable(line.strip() for line in lines if line.strip())
+    if os.path.isdir(file):
+        raise DataError(
+            f"{key}={file!r}: this is a folder, not a list. For a folder of images use DATA_SOURCES=[disk_folder]."
+        )
     if not file.endswith(".npy"):
         raise DataError(
             f"{key}={file!r}: a list of images is a .npy array of paths or a .txt file with one path per line."

@@ -126,7 +126,7 @@ class ImageDataset(torch.utils.data.Dataset):
         try:
             return self.source.load(row)
         except Unreadable as reason:
-            raise DataError(f"{self._where(row)}: {reason}.") from reason
+            raise DataError(f"{self._where(row)}: {reason}. Mend or remove this image.") from reason
 
     def _where(self, row: int) -> str:
         return self.source.file(row) or self.source.path(row)
@@ -167,8 +167,8 @@ class ImageDataset(torch.utils.data.Dataset):
             bad[candidate] = self._seen_bad[candidate] = reason
             candidate = rng.mix(self.seed, row, attempt) % len(self)
         raise DataError(
-            f"config.DATA.{self.split}: {_MAX_REPLACEMENTS} images in a row cannot be read, the first is "
-            f"{self._where(row)}: {bad[row]}."
+            f"config.DATA.{self.split}: {len(bad)} of {len(self)} images were tried, none can be read; the first is "
+            f"{self._where(row)}: {bad[row]}. Mend or remove them."
         )
 
     @property

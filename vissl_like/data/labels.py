@@ -8,6 +8,7 @@ an empty prefix `labels.npy`, `images.npy`, `manifest.json`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from vissl_like.data.npy import load_npy
-from vissl_like.data.source import Source, fingerprint, unicode_array
+from vissl_like.data.source import Source, SubsetSource, fingerprint, unicode_array
 from vissl_like.errors import DataError
 from vissl_like.files import damage, record_of, refusals_explained, write_array, write_json
+
+_log = logging.getLogger(__name__)
 
 _KIND = "labels"
 #: Ends of the names of files that labels are read from; centroids and distances are for the user.
@@ -103,7 +106,7 @@ def write_label_files(
     label_file = target / f"{base}labels.npy"
     if len(labels) != len(paths):
         raise DataError(
-            f"{label_file}: {len(labels)} labels for {len(paths)} images; the feature files do not fit together."
+            f"{label_file}: {len(labels)} labels for {len(paths)} images: the feature files do not fit together. Extract again."
         )
     _refuse_duplicates(paths, file=label_file)
     arrays = {
@@ -142,7 +145,7 @@ def _refuse_duplicates(paths: np.ndarray, *, file: str | Path) -> None:
     if len(twice):
         raise DataError(
             f"{file}: {len(twice)} images are named more than once, the first is {str(ordered[twice[0]])!r}. "
-            "Labels are tied to images by path, so each may stand there once."
+            "Labels are tied to images by path, so each may stand there once; take the others out."
         )
 
 
@@ -153,8 +156,9 @@ def read_labels(
     """The labels of a source's images, in its order, from a .npy label file.
 
     The images file beside it says which label is whose. A bare label file is an error unless `alignment` is "position",
-    and then its length must be that of the source. An image without a label, a label file with a path twice and images
-    that changed since they were labelled are errors.
+    and then its length must be that of the source. An image without a label, a label file with a path twice, images that
+    changed since they were labelled, and labelled images that are gone are errors. Labels of further images, which the
+    source leaves out, are a warning.
     """
     siblings = read_siblings(file)
     if siblings.manifest and not siblings.manifest.get("complete"):
@@ -171,6 +175,7 @@ def read_labels(
             "They are not from the same run; write both again."
         )
     rows = _rows_by_path(listed, root=str(siblings.manifest.get("root", "")), source=source, file=file, key=key)
+    _look_at_the_rest(siblings, listed=listed, rows=rows, source=source, file=file, key=key)
     _refuse_changed_images(siblings, listed=listed, rows=rows, source=source, file=file, key=key)
     return labels.take(rows)
 
@@ -202,13 +207,19 @@ def parse_labels(array: np.ndarray, *, file: str | Path, key: str, num_classes: 
         )
     values = array.astype(np.int64)
     if array.dtype.kind == "f" and not np.array_equal(values, array):
-        raise DataError(f"{where}: holds fractions ({array.dtype}); labels are whole numbers.")
+        raise DataError(
+            f"{where}: holds fractions ({array.dtype}); labels are whole numbers. Write class numbers there."
+        )
     lowest, highest = (int(values.min()), int(values.max())) if values.size else (0, -1)
     if lowest < -1:
-        raise DataError(f"{where}: the smallest label is {lowest}. Labels count from 0; -1 means none.")
+        raise DataError(
+            f"{where}: the smallest label is {lowest}. Labels count from 0, and -1 means none; number the classes so."
+        )
     if values.ndim == 2:
         if highest > 1:
-            raise DataError(f"{where}: 2-D labels are multi-hot (0, 1, or -1 for unknown), but one is {highest}.")
+            raise DataError(
+                f"{where}: 2-D labels are multi-hot (0, 1, or -1 for unknown), but one is {highest}. Class numbers are 1-D."
+            )
         return Labels(values, values.shape[1])
     return Labels(values, max(highest + 1, num_classes))
 
@@ -276,8 +287,9 @@ def _refuse_changed_images(
     if siblings.sizes is not None:
         changed = np.flatnonzero(load_npy(siblings.sizes, key=key)[rows] != now)
         if len(changed):
+            what = "are gone" if (now[changed] == -1).all() else "changed"
             raise DataError(
-                f"{key}={str(file)!r}: {len(changed)} of {len(rows)} images changed since they were labelled, "
+                f"{key}={str(file)!r}: {len(changed)} of {len(rows)} images {what} since they were labelled, "
                 f"the first is {source.path(int(changed[0]))!r}. {cure}"
             )
         return
@@ -289,22 +301,52 @@ def _refuse_changed_images(
         raise DataError(f"{key}={str(file)!r}: some of the {len(rows)} images changed since they were labelled. {cure}")
 
 
-def join_labels(parts: list[Labels]) -> Labels:
+def _look_at_the_rest(
+    siblings: Siblings, *, listed: np.ndarray, rows: np.ndarray, source: Source, file: str | Path, key: str
+) -> None:
+    """Labels that no image of the source has taken: an error if their images are gone, else a warning.
+
+    DATA_LIMIT leaves images out on purpose: then the whole source counts. Where nothing says in which folder the images
+    lay (a list that no stage wrote, a moved data set), nobody can tell what is gone.
+    """
+    is_left = np.ones(len(listed), dtype=bool)
+    is_left[rows] = False
+    whole = source.whole if isinstance(source, SubsetSource) else source
+    if whole is not source and is_left.any():
+        is_left &= ~np.isin(unicode_array(str(path) for path in listed), whole.paths)
+    left = [str(listed[row]) for row in np.flatnonzero(is_left)]
+    if not left:
+        return
+    root = str(siblings.manifest.get("root", ""))
+    gone = [path for path in left if not os.path.exists(os.path.join(root, path))] if os.path.isdir(root) else []
+    if gone:
+        raise DataError(
+            f"{key}={str(file)!r}: {len(gone)} of {len(listed)} images are gone since they were labelled, the first is "
+            f"{os.path.join(root, gone[0])!r}. Put them back, or label the images that are left again."
+        )
+    _log.warning(
+        "%s=%r: %d of the %d images that it names are not among these %d, the first is %r; their labels are not used.",
+        key, str(file), len(left), len(listed), len(whole), left[0],
+    )  # fmt: skip
+
+
+def join_labels(parts: list[Labels], *, key: str = "LABEL_PATHS") -> Labels:
     """Labels of several sources one after the other; names are numbered anew over all of them."""
     if len(parts) == 1:
         return parts[0]
-    _refuse_mixture(parts)
+    _refuse_mixture(parts, key=key)
     if parts[0].class_names is None:
         return Labels(np.concatenate([part.values for part in parts]), max(part.num_classes for part in parts))
     names = sorted({name for part in parts for name in part.class_names or []})
     return Labels(np.concatenate([renumber(part, names).values for part in parts]), len(names), names)
 
 
-def _refuse_mixture(parts: list[Labels]) -> None:
+def _refuse_mixture(parts: list[Labels], *, key: str) -> None:
     widths = {part.values.shape[1:] for part in parts}
     if len(widths) > 1 or len({part.class_names is None for part in parts}) > 1:
         raise DataError(
-            "LABEL_PATHS: the files mix class numbers, class names and multi-hot rows (or differ in classes)."
+            f"{key}: the files mix class numbers, class names and multi-hot rows, or multi-hot rows of different length. "
+            "Write all of them in one form."
         )
 
 
@@ -316,11 +358,13 @@ def renumber(labels: Labels, names: list[str]) -> Labels:
     return Labels(values, len(names), names)
 
 
-def multi_hot(parts: list[Labels]) -> Labels:
+def multi_hot(parts: list[Labels], *, key: str = "LABEL_PATHS") -> Labels:
     """Several labels of the same images (N,) -> (N, K): an image has every class that one of the files gives it."""
     if any(part.values.ndim != 1 for part in parts):
-        raise DataError("LABEL_PATHS: a list of files for one source takes files with one class per image (N,).")
-    _refuse_mixture(parts)
+        raise DataError(
+            f"{key}: a list of files for one source takes files with one class per image (N,). Give a multi-hot file alone."
+        )
+    _refuse_mixture(parts, key=key)
     if parts[0].class_names:
         names = sorted({name for part in parts for name in part.class_names or []})
         parts = [renumber(part, names) for part in parts]

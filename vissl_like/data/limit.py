@@ -29,7 +29,7 @@ def limited_rows(n: int, *, options: Split, labels: np.ndarray | None, key: str)
     chosen = _order(sampling.SEED, n)[sampling.SKIP_NUM_SAMPLES :][:limit]
     if not len(chosen):
         raise DataError(
-            f"{key}.DATA_LIMIT_SAMPLING.SKIP_NUM_SAMPLES={sampling.SKIP_NUM_SAMPLES} leaves none of the {n} images."
+            f"{key}.DATA_LIMIT_SAMPLING.SKIP_NUM_SAMPLES={sampling.SKIP_NUM_SAMPLES} leaves none of the {n} images. Skip fewer."
         )
     return np.sort(chosen)
 
@@ -46,10 +46,15 @@ def _balanced(limit: int, *, options: Split, labels: np.ndarray | None, key: str
     SKIP_NUM_SAMPLES of them are left out and the next `limit` taken.
     """
     if labels is None or labels.ndim != 1:
-        raise DataError(f"{key}.DATA_LIMIT_SAMPLING.IS_BALANCED=true needs one class per image, and there is none.")
+        raise DataError(
+            f"{key}.DATA_LIMIT_SAMPLING.IS_BALANCED=true needs one class per image, and there is none. Set it to false."
+        )
     classes, skipped = np.unique(labels[labels >= 0]), options.DATA_LIMIT_SAMPLING.SKIP_NUM_SAMPLES
     if limit < len(classes) or not len(classes):
-        raise DataError(f"{key}.DATA_LIMIT={limit}: less than one image for each of the {len(classes)} classes.")
+        raise DataError(
+            f"{key}.DATA_LIMIT={limit}: less than one image for each of the {len(classes)} classes. Raise it, or "
+            "set IS_BALANCED=false."
+        )
     order = _order(options.DATA_LIMIT_SAMPLING.SEED, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]  # in drawn order within each class
     starts = np.searchsorted(labels[by_class], classes, side="left")

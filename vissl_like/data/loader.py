@@ -27,6 +27,21 @@ from vissl_like.errors import DataError, UserError
 _PRELOAD = ["torch", "torchvision.transforms.v2", "PIL.Image", "vissl_like.data.loader"]
 
 
+def refuse_too_few(
+    images: int, batch_per_rank: int, accumulate: int, size: int, drop_last: bool, *, split: str
+) -> None:
+    """Raise DataError if so many images make no step of training on `size` processes."""
+    if order.steps_per_epoch(images, batch_per_rank, accumulate, size, drop_last):
+        return
+    wanted = batch_per_rank * accumulate if drop_last else accumulate
+    raise DataError(
+        f"config.DATA.{split}: {images} images are too few for one step, which needs {wanted} "
+        f"on each of {size} process{'es' * (size > 1)} "
+        f"(DROP_LAST={str(drop_last).lower()}). Give more images, or lower config.DATA.{split}.BATCHSIZE_PER_REPLICA, "
+        "config.OPTIMIZER.ACCUMULATE_STEPS or the number of processes."
+    )
+
+
 def train_batches(
     dataset: ImageDataset,
     *,
@@ -49,13 +64,9 @@ def train_batches(
     step's rows. draws (B, R) float32 where the device augments: what device_transform takes beside the images. mask
     (B, H, W) bool where the dataset has them.
     """
-    steps = order.steps_per_epoch(len(dataset), batch_per_rank, accumulate, size, drop_last)
-    if steps == 0:
-        wanted = batch_per_rank * accumulate if drop_last else accumulate
-        raise DataError(
-            f"config.DATA.{dataset.split}: {len(dataset)} images are too few for one step, which needs {wanted} on each"
-            f" of {size} processes (DROP_LAST={str(drop_last).lower()})."
-        )
+    where = (batch_per_rank, accumulate, size, drop_last)
+    refuse_too_few(len(dataset), *where, split=dataset.split)
+    steps = order.steps_per_epoch(len(dataset), *where)
     shape = {"batch_per_rank": batch_per_rank, "accumulate": accumulate, "size": size}
     rows = dataset.order(seed, epoch)
     requests, weights = [], []
@@ -111,9 +122,9 @@ def worker_died(error: BaseException, *, while_reading: bool = False) -> DataErr
     if not is_broken and not (isinstance(error, RuntimeError) and is_noticed):
         return None
     return DataError(
-        f"A loader process ended by itself ({text.splitlines()[0] if text else type(error).__name__}). Most often memory "
-        "ran out (also of /dev/shm, where batches pass through): lower config.DATA.NUM_DATALOADER_WORKERS; 0 loads in "
-        "the main process."
+        f"config.DATA.NUM_DATALOADER_WORKERS: a loader process ended by itself "
+        f"({text.splitlines()[0] if text else type(error).__name__}). Most often memory "
+        "ran out (also of /dev/shm, where batches pass through): lower the number; 0 loads in the main process."
     )
 
 

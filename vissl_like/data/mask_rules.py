@@ -26,7 +26,7 @@ def mask_problems(transforms: Sequence[Any], *, key: str, with_masks: bool) -> l
     for position, entry in enumerate(transforms):
         if not isinstance(entry, dict):
             continue
-        where, name = f"{key}[{position}]", entry.get("name")
+        where, name = f"{key}.{position}", entry.get("name")
         if with_masks and name in _WOULD_PART:
             problems.append(
                 f"{where}.name={name!r}: it would move the image but not its mask, which this model is given, too. "

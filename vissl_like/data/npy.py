@@ -27,4 +27,6 @@ def load_npy(file: str | Path, *, key: str, mmap: bool = True) -> np.ndarray:
                 f"{key}={str(file)!r}: holds Python objects, which could run code when read. Save it again as plain "
                 "numbers or as numpy.array(paths, dtype=str)."
             ) from error
-        raise DataError(f"{key}={str(file)!r}: not a readable .npy file ({error}).") from error
+        raise DataError(
+            f"{key}={str(file)!r}: not a readable .npy file ({error}). Write it again with numpy.save."
+        ) from error

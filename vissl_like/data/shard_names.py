@@ -139,7 +139,7 @@ def _shards_in(folder: str, where: str) -> list[str]:
 
 
 def _no_match(pattern: str, where: str) -> list[str]:
-    raise DataError(f"{where}: no file matches {pattern}.")
+    raise DataError(f"{where}: no file matches {pattern}. Correct the pattern.")
 
 
 def _checked_url(url: str, where: str) -> str:

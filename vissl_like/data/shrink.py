@@ -68,7 +68,7 @@ def shrink(
     listing = list_folder(source)
     total = len(listing.paths)
     if not total:
-        raise DataError(f"SRC={source!r}: no image in this folder or below it.")
+        raise DataError(f"SRC={source!r}: no image in this folder or below it. Give the folder that holds the images.")
     is_sharded = format == "webdataset"
     settings = Settings(source, short_side, quality, format)
     if is_sharded:
@@ -129,8 +129,8 @@ def _in_order(calls: Iterable[_Call], *, workers: int) -> Iterator[Outcome]:
                 running |= {pool.submit(call, *given) for call, given in itertools.islice(remaining, len(done))}
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError(
-                "a process ended by itself, most often because memory ran out. Start the same command again with fewer "
-                "--workers."
+                "data shrink: a process ended by itself, most often because memory ran out. Start the same command again "
+                "with fewer --workers."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -151,7 +151,7 @@ def _end_with(sentinel: int) -> None:
 
 def _check_folders(source: str, target: str) -> None:
     if not os.path.isdir(source):
-        raise DataError(f"SRC={source!r}: no such folder.")
+        raise DataError(f"SRC={source!r}: no such folder. Give the folder that holds the images.")
     real_source, real_target = os.path.realpath(source), os.path.realpath(target)
     if os.path.commonpath([real_source, real_target]) == real_source:
         raise ConfigError(f"DST={target!r} lies in SRC={source!r}; give a folder outside of it.")
@@ -204,11 +204,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="vissl-like data",
-        description="shrink SRC DST: a smaller copy of a folder of images. Started again, it goes on where it was. "
-        "(index SHARDS: see `vissl-like data index --help`.)",
+        prog="vissl-like data shrink",
+        description="A smaller copy of a folder of images, or shards of them. Started again, it goes on where it was.",
     )
-    parser.add_argument("verb", choices=["shrink"], help="what to do")
     parser.add_argument("source", metavar="SRC", help="folder of images, with sub-folders")
     parser.add_argument("target", metavar="DST", help="where the copy goes")
     parser.add_argument("--short-side", type=_at_least(1), default=256, metavar="PIXELS", help="default 256")
@@ -238,7 +236,7 @@ def _at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`data ...`: the words after `data`. Returns the exit code; what the user can mend is raised as UserError."""
+    """`data shrink ...`: the words after `shrink`. Returns the exit code; what the user can mend is raised as UserError."""
     from vissl_like.outputs import console
 
     given = _parser().parse_args(list(argv))
@@ -269,9 +267,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def in_bytes(size: int) -> str:
+    """A size with its unit: 512 bytes, 3.4 kB, 12.0 MB, 1.5 GB (10^9 bytes)."""
+    if size < 1000:
+        return f"{size} byte{'s' * (size != 1)}"
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit)
+    return f"{size / unit:.1f} {name}"
+
+
 def in_words(found: Outcome, target: str) -> str:
     """What was done, in one or two lines."""
-    size = f", {found.bytes_before / 1e6:.1f} MB became {found.bytes_after / 1e6:.1f} MB" if found.bytes_after else ""
+    size = f", {in_bytes(found.bytes_before)} became {in_bytes(found.bytes_after)}" if found.bytes_after else ""
     lines = [
         f"{target}: {found.shrunk} images made smaller, {found.copied} small ones copied, {found.kept} there already{size}."
     ]

@@ -83,7 +83,7 @@ class ShardSource:
 
     @classmethod
     def build(cls, request: SourceRequest) -> ShardSource:
-        key = f"{request.key('DATA_PATHS')}[{request.position}]"
+        key = f"{request.key('DATA_PATHS')}.{request.position}"
         places = shard_names.shards_of(request.path, key=key)
         cache = _cache_of(places, request.stream)
         shards = open_shards(places, cache=cache, members=_members_of(request.stream))
@@ -327,7 +327,7 @@ def _read_if_there(place: str, patience: fetch.Patience) -> bytes | None:
 
 def shard_classes(request: SourceRequest) -> list[str] | None:
     """The class names that ShardSource finds, where shards.json tells them without listing any shard."""
-    places = shard_names.shards_of(request.path, key=f"{request.key('DATA_PATHS')}[{request.position}]")
+    places = shard_names.shards_of(request.path, key=f"{request.key('DATA_PATHS')}.{request.position}")
     told = _about(places, _cache_of(places, request.stream).patience).class_names
     return ShardSource.build(request).class_names if told is None else told
 

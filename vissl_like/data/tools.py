@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 def _shrink(words: list[str]) -> int:
     from vissl_like.data.shrink import main as shrink
 
-    return shrink(words)
+    return shrink(words[1:])
 
 
 def _index(words: list[str]) -> int:

@@ -290,7 +290,7 @@ def _make_list(
     """([(name, transform)], kind of image after the last). A kind of None means unknown: something before is wrong."""
     made = []
     for position, entry in enumerate(entries):
-        where = f"{key}[{position}]"
+        where = f"{key}.{position}"
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             problems.append(f"{where}={entry!r}: a transform is {{name: NAME, argument: value, ...}}.")

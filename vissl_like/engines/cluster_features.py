@@ -19,7 +19,7 @@ from vissl_like.analysis.features import FeatureStore
 from vissl_like.analysis.kmeans import KMeansResult, kmeans, pick_backend
 from vissl_like.analysis.nearest import assign_blocks
 from vissl_like.analysis.npy_file import NpyFile
-from vissl_like.analysis.pca import fit_pca, fit_standardiser
+from vissl_like.analysis.pca import check_components, fit_pca, fit_standardiser
 from vissl_like.analysis.rows import MappedRows, Rows, SelectedRows, normalise
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config, Job
@@ -41,6 +41,7 @@ Step = Callable[[np.ndarray], np.ndarray]
 #: First row, labels (b,) int64, squared distances (b,) float32.
 LabelledRows = tuple[int, np.ndarray, np.ndarray]
 
+_PCA_KEY = "CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION"
 # Rows whose labels a process hands over at a time; more than a block has.
 _ROUND_ROWS = 1 << 16
 
@@ -70,10 +71,10 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     rng.set_determinism(config.MACHINE.DETERMINISTIC)
     output = output_folder(config, run_dir)
     pick_backend(options.CLUSTER_BACKEND)  # before hours of extraction
-    results, folder = {}, _read_from(config, run_dir)
+    results, folder = {}, features_to_read(config, run_dir)
     if options.FEATURES.EXTRACT:
         results = extract_splits(
-            config, run_dir, folder, splits=_splits_to_extract(config), check=partial(_check_rows, config)
+            config, run_dir, folder, splits=_splits_to_extract(config), check=partial(check_rows, config)
         )
     stores = open_stores(config, folder)
     images = _images_of(config, stores, run_dir)
@@ -113,8 +114,8 @@ def output_folder(config: Config, run_dir: Path) -> Path:
     return output
 
 
-def _read_from(config: Config, run_dir: Path) -> Path:
-    """The folder of the features."""
+def features_to_read(config: Config, run_dir: Path) -> Path:
+    """The folder of the features that are clustered."""
     options = config.CLUSTERFIT.FEATURES
     if options.EXTRACT:
         if options.PATH:
@@ -139,7 +140,7 @@ def _splits_to_extract(config: Config) -> list[str]:
     return [options.DATA_PARTITION, test] if with_test else [options.DATA_PARTITION]
 
 
-def _check_rows(config: Config, dataset: ImageDataset) -> None:
+def check_rows(config: Config, dataset: ImageDataset) -> None:
     """As many images as clusters, before hours of extraction."""
     options = config.CLUSTERFIT
     if dataset.split == options.FEATURES.DATA_PARTITION and options.NUM_CLUSTERS > len(dataset):
@@ -147,6 +148,18 @@ def _check_rows(config: Config, dataset: ImageDataset) -> None:
             f"config.CLUSTERFIT.NUM_CLUSTERS={options.NUM_CLUSTERS}: {dataset.split} has only {len(dataset)} images. "
             f"Use at most {len(dataset)} clusters, or more images."
         )
+
+
+def check_features(config: Config, run_dir: Path) -> None:
+    """Raise what would stop the clustering of features that are there already; reads no more than their headers."""
+    options = config.CLUSTERFIT
+    store = open_stores(config, features_to_read(config, run_dir))[options.FEATURES.DATA_PARTITION]
+    if options.NUM_CLUSTERS > len(store):
+        raise DataError(
+            f"config.CLUSTERFIT.NUM_CLUSTERS={options.NUM_CLUSTERS}: {store.folder} has only {len(store)} rows. "
+            f"Use at most {len(store)} clusters, or more images."
+        )
+    check_components(options.FEATURES.DIMENSIONALITY_REDUCTION, store, key=_PCA_KEY)
 
 
 def open_stores(config: Config, folder: Path) -> dict[str, FeatureStore]:
@@ -198,7 +211,7 @@ def fit_steps(config: Config, store: FeatureStore) -> list[Step]:
             prepared(store, steps),
             options.FEATURES.DIMENSIONALITY_REDUCTION,
             whiten=options.FEATURES.PCA_WHITEN,
-            key="CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION",
+            key=_PCA_KEY,
             threads=threads,
         )
         log.info("PCA to %d dimensions keeps %.1f %% of the variance", len(pca.components), 100 * pca.explained)

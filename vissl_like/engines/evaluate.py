@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from vissl_like.analysis.evaluators import (
     knn_ranking,
     linear_probe,
     low_shot,
+    refuse_one_class,
+    refuse_too_few,
     score_ranking,
 )
 from vissl_like.analysis.features import FeatureStore, read_manifest
@@ -43,7 +46,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     given = config.EVALUATE.FEATURES_PATH
     folder = Path(given).expanduser() if given else run_dir / "features"
     results = {} if given else _extract(config, run_dir, folder)
-    stores = open_stores(folder)
+    stores = check_features(config, folder)
     for protocol in dict.fromkeys(config.EVALUATE.PROTOCOLS):
         measured = MEASURES[protocol](config, stores)
         results.update(measured)
@@ -65,13 +68,25 @@ def _extract(config: Config, run_dir: Path, folder: Path) -> dict[str, Any]:
             )
     splits = [split for split in ("TRAIN", "VAL", "TEST") if is_used(config.DATA, split)]
     calibrate = config.EVALUATE.CALIBRATE_BN_BATCHES
-    return extract_splits(config, run_dir, folder, splits=splits, calibrate=calibrate, check=_check_labels)
+    return extract_splits(
+        config, run_dir, folder, splits=splits, calibrate=calibrate, check=partial(check_labels, config)
+    )
 
 
-def _check_labels(dataset: ImageDataset) -> None:
-    """One class per image, before hours of extraction."""
-    labels = extraction.stored_labels(dataset)
-    _labels_to_compare(labels, dataset.split, place=dataset.root or dataset.name)
+def check_labels(config: Config, dataset: ImageDataset) -> None:
+    """Labels that every protocol can use, before hours of extraction."""
+    _refuse_labels(config, extraction.stored_labels(dataset), dataset.split, place=dataset.root or dataset.name)
+
+
+def _refuse_labels(config: Config, labels: np.ndarray | None, split: str, *, place: str) -> None:
+    """Raise DataError unless there is one class per image and, to learn from, as many as the protocols need."""
+    known = _labels_to_compare(labels, split, place=place)
+    if split == "TRAIN":
+        known, protocols = known[known >= 0], config.EVALUATE.PROTOCOLS
+        if {"linear", "low_shot"} & set(protocols):
+            refuse_one_class(known, place=place)
+        for samples in config.LOW_SHOT.SAMPLES_PER_CLASS if "low_shot" in protocols else []:
+            refuse_too_few(known, samples)
 
 
 Stores = dict[str, dict[str, FeatureStore]]
@@ -85,9 +100,27 @@ def open_stores(folder: Path) -> Stores:
         manifests["VAL"] = read_manifest(folder, "VAL", key=key)
     weights = {split: manifest["identity"].get("weights") for split, manifest in manifests.items()}
     if len(set(weights.values())) > 1:
-        raise DataError(f"{folder}: the splits were extracted with different weights ({weights}). Extract them again.")
+        raise DataError(
+            f"{folder}: the splits were extracted with different weights ({weights}). Extract all with one model."
+        )
     layers = list(manifests["TRAIN"]["layers"])
     return {layer: {split: FeatureStore.open(folder, split, layer) for split in manifests} for layer in layers}
+
+
+def check_features(config: Config, folder: Path) -> Stores:
+    """The features of all layers. Raises what would stop a measurement, before the first one; reads labels and headers."""
+    stores = open_stores(folder)
+    sections = {
+        "knn": ("NEAREST_NEIGHBOR", config.NEAREST_NEIGHBOR.LAYERS),
+        "linear": ("LINEAR_PROBE", config.LINEAR_PROBE.LAYERS),
+        "low_shot": ("LOW_SHOT", config.LOW_SHOT.LAYERS),
+    }
+    for protocol in config.EVALUATE.PROTOCOLS:
+        key, layers = sections[protocol]
+        chosen_layers(stores, layers, key=key)
+    for split, store in next(iter(stores.values())).items():
+        _refuse_labels(config, store.labels, split, place=str(store.folder))
+    return stores
 
 
 def labelled(store: FeatureStore) -> Labelled:

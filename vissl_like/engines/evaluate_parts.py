@@ -70,7 +70,9 @@ def open_splits(config: Config, run_dir: Path) -> Splits:
     has_own = wanted <= BACKGROUND_PROTOCOLS and not is_used(config.DATA, "TEST")
     for split in ("TEST", "TRAIN") if wanted & {"regression", "thresholds"} else ("TEST",):
         if not is_used(config.DATA, split) and not has_own:
-            raise ConfigError(f"config.DATA.{split}.DATA_SOURCES is empty: evaluate_parts needs it.")
+            raise ConfigError(
+                f"config.DATA.{split}.DATA_SOURCES=[]: evaluate_parts needs images here, for example [cub] with DATA_PATHS."
+            )
     seen = config.DATA.TRAIN.model_copy(update={"TRANSFORMS": config.DATA.TEST.TRANSFORMS})
     data = config.DATA.model_copy(update={"TRAIN": seen})
     build = partial(

@@ -75,7 +75,7 @@ def wanted_splits(config: Config) -> list[str]:
         )
     found = given or [split for split in SPLITS if is_used(config.DATA, split)]
     if not found:
-        raise ConfigError("no split has data: set config.DATA.TRAIN.DATA_SOURCES (and DATA_PATHS).")
+        raise ConfigError("config.DATA: no split has images. Set config.DATA.TRAIN.DATA_SOURCES (and DATA_PATHS).")
     return found
 
 

@@ -45,7 +45,10 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     try:
         loaded = load_model(config, next(iter(datasets.values())), run_dir, with_heads=True)
         if not len(loaded.model.heads):
-            raise ConfigError("config.MODEL.HEAD.PARAMS=[]: there are no heads whose predictions could be extracted.")
+            raise ConfigError(
+                "config.MODEL.HEAD.PARAMS=[]: there are no heads whose predictions could be extracted. "
+                "Give those of the trained model."
+            )
         for dataset in datasets.values():
             results |= predict_split(config, loaded.model, dataset, run_dir, loading=loading)
     finally:

@@ -45,6 +45,8 @@ def dry_run(job: Job, run_dir: Path, info: folder.LaunchInfo) -> str:
     sets = {split: open_split(job, split) for split in splits_to_open(job)}
     num_train = len(sets["TRAIN"]) if job.engine_name == "train" and "TRAIN" in sets else None
     job, plan = plan_for(job, processes, num_train=num_train)
+    for dataset in sets.values():
+        refuse_few_images(job, plan, dataset)
     parts = [
         (
             "Run",
@@ -83,6 +85,19 @@ def open_split(job: Job, split: str) -> ImageDataset:
         input_type=config.MODEL.INPUT_TYPE,
         with_masks=config.MODEL.NAME in MODELS_WITH_MASKS,
     )
+
+
+def refuse_few_images(job: Job, plan: Plan, dataset: ImageDataset) -> None:
+    """Raise DataError if these are fewer images than the job's clusters, or than one step of its training needs."""
+    if job.engine_name == "train" and dataset.split == "TRAIN" and job.config.OPTIMIZER.NUM_EPOCHS:
+        from vissl_like.data.loader import refuse_too_few
+
+        where = (plan.batch_per_rank, plan.accumulate, plan.world_size, job.config.DATA.TRAIN.DROP_LAST)
+        refuse_too_few(len(dataset), *where, split="TRAIN")
+    if job.engine_name == "cluster_features" and job.config.CLUSTERFIT.FEATURES.EXTRACT:
+        from vissl_like.engines.cluster_features import check_rows
+
+        check_rows(job.config, dataset)
 
 
 def _state(job: Job, plan: Plan) -> str:

@@ -14,6 +14,7 @@ from vissl_like.config.schema_data import Split
 from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.errors import UserError
 from vissl_like.launch import folder, slurm
+from vissl_like.launch.contents import is_below
 from vissl_like.launch.inputs import MODEL_ENGINES, splits_to_open
 from vissl_like.launch.local import plan_for
 
@@ -39,7 +40,7 @@ def stage_lines(job: Job, run_dir: Path) -> Iterator[str]:
 
 
 def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Opened) -> Iterator[str]:
-    from vissl_like.launch.dry_run import describe_split, model_parts
+    from vissl_like.launch.dry_run import describe_split, model_parts, refuse_few_images
 
     job, plan = plan_for(stage.job, slurm.expected(stage.job.config))
     if job.engine_name not in MODEL_ENGINES:
@@ -53,11 +54,12 @@ def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Op
             continue
         sets[split] = _open(_without_labels(job, split) if awaited else job, split, opened)
         clusters = _clusters(stage, stages) if awaited else clusters
+        refuse_few_images(job, plan, sets[split])
         yield describe_split(split, sets[split], labels_from=", ".join(awaited), num_classes=clusters)
     if not sets:
         return
     file = job.config.MODEL.WEIGHTS_INIT.PARAMS_FILE
-    has_weights = os.path.exists(file) or not _is_below(file, run_dir)
+    has_weights = os.path.exists(file) or not is_below(file, run_dir)
     weights, model, memory = (
         lines for _, lines in model_parts(job, plan, sets, num_classes=clusters, has_weights=has_weights)
     )
@@ -78,17 +80,13 @@ def _open(job: Job, split: str, opened: _Opened) -> ImageDataset:
 def _awaited(options: Split, run_dir: Path) -> list[str]:
     """Paths of a split that an earlier stage has still to make."""
     given = [*options.DATA_PATHS, *(path for path in options.LABEL_PATHS if isinstance(path, str))]
-    return [path for path in given if _is_below(path, run_dir) and not os.path.exists(path)]
+    return [path for path in given if is_below(path, run_dir) and not os.path.exists(path)]
 
 
 def _images_are_awaited(options: Split, awaited: list[str]) -> bool:
     """Whether it is the images that are not there yet, or the list of them beside the labels."""
     is_listed = not options.DATA_PATHS and any(name.startswith("disk_") for name in options.DATA_SOURCES)
     return any(path in awaited for path in options.DATA_PATHS) or (bool(awaited) and is_listed)
-
-
-def _is_below(path: str, run_dir: Path) -> bool:
-    return bool(path) and os.path.abspath(path).startswith(os.path.join(os.path.abspath(run_dir), ""))
 
 
 def _without_labels(job: Job, split: str) -> Job:

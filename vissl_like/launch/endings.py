@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vissl_like import errors
+from vissl_like.core import signals
 from vissl_like.errors import Stopped, UserError
 
 DONE, MISTAKE, STOPPED, DEFECT, KILLED, LOST = "done", "mistake", "stopped", "defect", "killed", "lost"
@@ -43,9 +45,16 @@ class Interrupted(Exception):
     """A signal ended the run while it started. The exit code is the shell's: 128 + number of the signal."""
 
     def __init__(self, number: int) -> None:
-        name = signal.Signals(number).name
+        name = signals.name_of(number)
         super().__init__(f"ended by {name} while starting: nothing new was saved; what was saved before is kept.")
         self.exit_code = 128 + number
+
+
+def show_interrupt() -> int:
+    """Say what a KeyboardInterrupt in this process means, and return the exit code: 75 if everything was saved before."""
+    said = signals.saved()
+    print(said or "interrupted: nothing more was saved; start the same command again to go on.", file=sys.stderr)
+    return errors.EXIT_STOPPED if said else 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)

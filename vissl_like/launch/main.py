@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vissl_like import __version__
 from vissl_like.config.spelling import nearest
+from vissl_like.core import signals
 from vissl_like.errors import EXIT_CONFIGURATION, EXIT_DEFECT, EXIT_DONE, ConfigError, Stopped, UserError, show_error
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Its sockets warn of names without an address and of machines that have gone; what matters of that we say ourselves.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    signals.guard_interrupts()
     try:
         if arguments[:1] == ["--complete"]:
             return _complete(arguments[1:])
@@ -55,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, Stopped) as error:
         return show_error(error)
     except KeyboardInterrupt:
-        print("interrupted: nothing more was saved; start the same command again to go on.", file=sys.stderr)
-        return 130
+        from vissl_like.launch.endings import show_interrupt
+
+        return show_interrupt()
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -21,6 +21,7 @@ from vissl_like.config.components import load_plugins
 from vissl_like.config.plan import PLAN_FILE
 from vissl_like.config.saved import read_job
 from vissl_like.config.schema import Job
+from vissl_like.core import signals
 from vissl_like.core.signals import SIGNALS, end_unless_asked, handled_by
 from vissl_like.errors import Stopped, UserError
 from vissl_like.launch import logs
@@ -61,6 +62,7 @@ def run_rank(run_dir: str, words_dir: str) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     for number in SIGNALS:  # one signal to all and one from the launcher are two: the second must not end the save
         signal.signal(number, end_unless_asked)
+    signals.guard_interrupts()
     try:
         job = read_job(folder)
         logs.to_console(verbose=job.config.VERBOSE, rank=rank)
@@ -121,8 +123,7 @@ def _run_with_others(engine: Callable[[Job, Path], dict[str, Any]], job: Job, ru
 
 @contextlib.contextmanager
 def _interrupt_is_a_request() -> Iterator[None]:
-    """Ctrl-C asks the loop to save and stop, as SIGTERM does, where the loop listens; a second one stops at once."""
-    before_listening = signal.getsignal(signal.SIGTERM)
+    """Ctrl-C asks the loop to save and stop where the loop listens; a second one stops at once unless all is saved."""
     launcher, has_machines = os.getppid(), int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     asked = False
 
@@ -130,12 +131,12 @@ def _interrupt_is_a_request() -> Iterator[None]:
         nonlocal asked
         if has_machines and os.getppid() != launcher:  # torch says so when the launcher was killed
             os._exit(errors.EXIT_DEFECT)  # the ranks of other machines start anew as soon as this machine is back
-        is_listening = signal.getsignal(signal.SIGTERM) is not before_listening
-        if asked or not is_listening:
+        if signals.saved():
+            return
+        if asked or not signals.ask(number):
             raise KeyboardInterrupt
         asked = True
         log.info("stopping at the next step; press Ctrl-C again to stop at once without saving")
-        signal.raise_signal(signal.SIGTERM)
 
     with handled_by(interrupted, signal.SIGINT):
         yield

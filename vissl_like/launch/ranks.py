@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 
 from vissl_like.config.plan import Plan
-from vissl_like.core.signals import SIGNALS, handled_by
+from vissl_like.core import signals
+from vissl_like.core.signals import SIGNALS, handled_by, name_of
 from vissl_like.errors import Stopped
 from vissl_like.launch import logs
 from vissl_like.launch.endings import Interrupted, Killed, RunFailed
@@ -50,17 +51,21 @@ def run_ranks(plan: Plan, run_dir: Path) -> dict[str, Any]:
     )
     with environment_of_ranks(plan), forwarded_signals() as received:
         try:
-            return results_of(elastic_launch(config, run_rank)(str(run_dir), str(errors_dir)))
+            return results_of(elastic_launch(config, run_rank)(str(run_dir), str(errors_dir)), received)
         except ChildFailedError as error:
             cause = cause_of(error.failures, left_words(errors_dir), received)
             logs.write_traceback(run_dir, getattr(cause, "traceback", ""))
             raise cause from None
         except SignalException as error:
-            raise signal_cause(left_words(errors_dir), int(error.sigval)) from None
+            raise signal_cause(left_words(errors_dir), [int(error.sigval)]) from None
+        except KeyboardInterrupt:  # Ctrl-C for the second time: too late if the main rank has saved
+            if any(word.rank == 0 for word in stops(left_words(errors_dir))):
+                raise signal_cause(left_words(errors_dir), received) from None
+            raise
         except Exception:  # PyTorch fails to read what a process that was stopped while it started has left
             if not received:
                 raise
-            raise signal_cause(left_words(errors_dir), received[0]) from None
+            raise signal_cause(left_words(errors_dir), received) from None
         finally:
             shutil.rmtree(errors_dir, ignore_errors=True)
 
@@ -71,17 +76,29 @@ def if_known(kind: Any, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def results_of(returned: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def results_of(returned: Mapping[int, dict[str, Any]], received: list[int]) -> dict[str, Any]:
     """The results of rank 0 (empty on a machine that has not got it). Raises Stopped if a rank stopped after saving."""
     if any(STOPPED in results for results in returned.values()):
-        raise Stopped(next(results[STOPPED] for results in returned.values() if STOPPED in results))
+        said: str = next(results[STOPPED] for results in returned.values() if STOPPED in results)
+        raise signals.stopped(_as_it_came(said, received))
     return returned.get(0, {})
 
 
-def signal_cause(words: list[RankError], number: int) -> Exception:
+def stops(words: list[RankError]) -> list[RankError]:
+    """What those ranks said that stopped after saving."""
+    return [word for word in words if word.kind == Stopped.__name__]
+
+
+def signal_cause(words: list[RankError], received: list[int]) -> Exception:
     """After a signal: whether the ranks could save."""
-    stops = [word for word in words if word.kind == Stopped.__name__]
-    return Stopped(stops[0].message) if stops else Interrupted(number)
+    said = stops(words)
+    return signals.stopped(_as_it_came(said[0].message, received)) if said else Interrupted(received[0])
+
+
+def _as_it_came(message: str, received: list[int]) -> str:
+    """The ranks' message with the signal that the launcher got: Ctrl-C is handed on to them as SIGTERM."""
+    is_other = received[:1] == [signal.SIGINT]
+    return message.replace("SIGTERM", name_of(signal.SIGINT), 1) if is_other else message
 
 
 def cause_of(failures: Mapping[int, Any], words: list[RankError], received: list[int]) -> Exception:
@@ -96,7 +113,7 @@ def cause_of(failures: Mapping[int, Any], words: list[RankError], received: list
     in_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
     killed = [(rank, -failure.exitcode) for rank, failure in in_time if failure.exitcode < 0]
     if received:
-        return signal_cause(words, received[0])
+        return signal_cause(words, received)
     for rank, number in killed:
         if number != signal.SIGTERM or not words:
             name = signal.Signals(number).name
@@ -141,11 +158,19 @@ def hand_on(number: int) -> bool:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[list[int]]:
-    """Hand SIGTERM and SIGUSR1 on to the ranks, and Ctrl-C as SIGTERM; the numbers received are in the list."""
+    """Hand SIGTERM and SIGUSR1 on to the ranks, and Ctrl-C as SIGTERM; the numbers received are in the list.
+
+    A second Ctrl-C is a KeyboardInterrupt, which ends the ranks; further ones must not disturb that.
+    """
     received: list[int] = []
+    is_ending = False
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal is_ending
+        if is_ending:
+            return
         if number == signal.SIGINT and received:
+            is_ending = True
             raise KeyboardInterrupt
         received.append(number)
         if not hand_on(number):  # too early to hand it on, and nobody would ask again

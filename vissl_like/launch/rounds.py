@@ -34,6 +34,7 @@ from vissl_like.launch.ranks import (
     if_known,
     results_of,
     signal_cause,
+    stops,
 )
 from vissl_like.launch.watch import POLL_S, Round, RoundOver, Watch
 
@@ -82,15 +83,19 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
             if result.is_failed():
                 cause = cause_of(result.failures, left_words(Path(words_dir)), received)
                 return Ending.of(cause)
-            return Ending(DONE, results=results_of(result.return_values))
+            return Ending(DONE, results=results_of(result.return_values, received))
         except RoundOver:
             return None
         except SignalException as error:
-            return Ending.of(signal_cause(left_words(Path(words_dir)), int(error.sigval)))
+            return Ending.of(signal_cause(left_words(Path(words_dir)), [int(error.sigval)]))
         except (UserError, Stopped) as error:  # also a verdict that came while the ranks ran
             return Ending.of(error)
+        except KeyboardInterrupt:  # Ctrl-C for the second time: too late if the main rank has saved
+            if any(word.rank == 0 for word in stops(left_words(Path(words_dir)))):
+                return Ending.of(signal_cause(left_words(Path(words_dir)), received))
+            raise
         except Exception as error:  # after a signal: PyTorch cannot read what a process that was starting has left
-            return Ending.of(signal_cause(left_words(Path(words_dir)), received[0]) if received else error)
+            return Ending.of(signal_cause(left_words(Path(words_dir)), received) if received else error)
 
 
 class _NoBarrier(PrefixStore):

@@ -11,6 +11,7 @@ from vissl_like.errors import EXIT_DONE
 def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
     """Start a checked job, submit it, or make its dry run; returns 0. Everything else is raised."""
     from vissl_like.launch import folder, logs, slurm
+    from vissl_like.launch.contents import check_contents
     from vissl_like.launch.inputs import check_inputs
 
     job = loaded.job
@@ -20,6 +21,7 @@ def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
     where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
     check_inputs(folder.with_run_dir(job, where))  # lost files are reported before torch is imported
     logs.to_console(verbose=job.config.VERBOSE)
+    check_contents(folder.with_run_dir(job, where), where)
     if job.config.RUN.DRY_RUN:
         from vissl_like.launch.dry_run import dry_run
 

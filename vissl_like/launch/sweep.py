@@ -22,9 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vissl_like.config.check import Loaded, load_sweep
+from vissl_like.config.check import Loaded, at_points, load_sweep
 from vissl_like.config.schema import Config
-from vissl_like.core.signals import SIGNALS, handled_by
+from vissl_like.core.signals import SIGNALS, guard_interrupts, handled_by, stopped
 from vissl_like.errors import (
     EXIT_CONFIGURATION,
     EXIT_DATA,
@@ -37,6 +37,8 @@ from vissl_like.errors import (
 )
 from vissl_like.launch import folder, slurm
 from vissl_like.launch.allocation import adopt, are_ranks
+from vissl_like.launch.contents import check_contents
+from vissl_like.launch.endings import show_interrupt
 from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.inputs import check_inputs
 from vissl_like.launch.machine import started_by_torchrun
@@ -48,6 +50,7 @@ LEDGER = "sweep.jsonl"
 #: Exit codes from harmless to grave; codes that are not here (killed, interrupted) are the gravest.
 _GRAVITY = (EXIT_DONE, EXIT_STOPPED, EXIT_DATA, EXIT_CONFIGURATION, EXIT_DEFECT)
 _LONGEST_NAME = 100
+_ONE_POINT = "no key has several values, so this is a sweep of one run. Several: config.SEED_VALUE=1,2,3."
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Point:
     varied: tuple[str, ...]
     """The overrides in which it differs from other points."""
 
+    @property
+    def label(self) -> str:
+        """What varies, in messages."""
+        return " ".join(self.varied) or "the only point"
+
 
 def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     """Compose and check all points, then run them; returns the gravest exit code."""
@@ -69,27 +77,47 @@ def run_sweep(overrides: list[str], *, config_dirs: list[str]) -> int:
     points = make_points(_adopted(load_sweep(overrides, config_dirs=config_dirs)))
     for note in dict.fromkeys(note for point in points for note in point.loaded.notes):
         print(f"warning: {note}", file=sys.stderr)
-    for point in points:
-        check_inputs(folder.with_run_dir(point.loaded.job, point.run_dir))
-        if slurm.is_wanted(point.loaded.job.config):
-            slurm.requested(point.loaded.job.config)
+    _check(points)
+    if len(points) == 1:
+        print(f"warning: -m: {_ONE_POINT} Its folder: {points[0].run_dir}.", file=sys.stderr)
     if _is_dry(points[0].loaded.job.config):
         for point in points:
-            print(f"{' '.join(point.varied)} -> {point.run_dir}")
+            print(f"{point.label} -> {point.run_dir}")
         return _run_point(points[0], config_dirs)
     ledger = points[0].run_dir.parent / LEDGER
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    print(f"sweep of {len(points)} runs in {ledger.parent}", file=sys.stderr)
+    print(f"sweep of {len(points)} run{'s' * (len(points) > 1)} in {ledger.parent}", file=sys.stderr)
     lines: list[dict[str, Any]] = []
     with _signals() as received:
         for number, point in enumerate(points, 1):
-            print(f"run {number} of {len(points)}: {' '.join(point.varied)}", file=sys.stderr)
+            print(f"run {number} of {len(points)}: {point.label}", file=sys.stderr)
             lines.append(_run_and_record(point, ledger, config_dirs))
             if received:
-                print("stopped: the other runs of the sweep were not started.", file=sys.stderr)
+                said = "stopped: the other runs of the sweep were not started."
+                print(said, file=sys.stderr)
+                if lines[-1]["exit"] == EXIT_STOPPED:
+                    stopped(said)  # from here on another Ctrl-C changes nothing
                 break
     print(_summary(points, lines))
     return max((line["exit"] for line in lines), key=_gravity)
+
+
+def _check(points: list[Point]) -> None:
+    """What each point reads and asks for; a DataError or WeightsError says which points it is about."""
+    problems: dict[str, list[int]] = {}
+    kinds: list[type[UserError]] = []
+    for number, point in enumerate(points):
+        config = point.loaded.job.config
+        try:
+            check_inputs(folder.with_run_dir(point.loaded.job, point.run_dir))
+            check_contents(folder.with_run_dir(point.loaded.job, point.run_dir), point.run_dir)
+            if slurm.is_wanted(config):
+                slurm.requested(config)
+        except UserError as error:
+            kinds.append(type(error))
+            problems.setdefault(str(error), []).append(number)
+    if problems:
+        raise kinds[0]("\n".join(at_points(problems, [point.loaded.overrides for point in points])))
 
 
 def _adopted(loaded: list[Loaded]) -> list[Loaded]:
@@ -112,12 +140,14 @@ def make_points(loaded: list[Loaded]) -> list[Point]:
     """Points with their folders: RUN.DIR/<what varies>."""
     everywhere = set.intersection(*(set(one.overrides) for one in loaded))
     recipes = {one.recipe for one in loaded}
+    varied = [tuple(text for text in one.overrides if text not in everywhere) for one in loaded]
+    names = [_folder_name(texts) for texts in varied]
     points = []
-    for one in loaded:
-        varied = tuple(text for text in one.overrides if text not in everywhere)
+    for one, texts, name in zip(loaded, varied, names):
         same_recipe = one.recipe if len(recipes) == 1 else "sweep"
         base = folder.default_dir(one.job, same_recipe)
-        points.append(Point(one, base / _folder_name(varied), varied))
+        is_taken = names.count(name) > 1  # a/b and a_b
+        points.append(Point(one, base / (f"{name}_{_digest(' '.join(texts))}" if is_taken else name), texts))
     return points
 
 
@@ -125,9 +155,11 @@ def _folder_name(varied: tuple[str, ...]) -> str:
     """A folder name that says what varies and needs no quoting in an override."""
     short = [text.lstrip("+").removeprefix("config.").replace("=", "-") for text in varied]
     name = re.sub(r"[^\w.+-]+", "_", "__".join(short)).strip("_.") or "only"
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    return f"{name[:_LONGEST_NAME]}_{_digest(name)}" if len(name) > _LONGEST_NAME else name
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _run_and_record(point: Point, ledger: Path, config_dirs: list[str]) -> dict[str, Any]:
@@ -204,6 +236,7 @@ def _in_process(point: Point, config_dirs: list[str]) -> int:
 
 
 def _child(point: Point, config_dirs: list[str]) -> None:
+    guard_interrupts()
     sys.exit(_run_point(point, config_dirs))
 
 
@@ -211,18 +244,25 @@ def _run_point(point: Point, config_dirs: list[str]) -> int:
     try:
         return start(point.loaded, config_dirs=config_dirs, run_dir=str(point.run_dir))
     except KeyboardInterrupt:
-        return 130
+        return show_interrupt()
+    except UserError as error:
+        named = type(error)(f"{point.label}: {error}")
+        named.exit_code = error.exit_code
+        return show_error(named if point.varied else error)
     except Exception as error:
         return show_error(error)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Hand SIGTERM and SIGUSR1 on to the running point; any of them, or Ctrl-C, ends the sweep after it."""
+    """Hand SIGTERM and SIGUSR1 on to the running point; any of them, or Ctrl-C, ends the sweep after it.
+
+    A second Ctrl-C is for the running point alone, which decides whether it can still save.
+    """
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
+        if number == signal.SIGINT and received and not multiprocessing.active_children():
             raise KeyboardInterrupt
         received.append(number)
         if number != signal.SIGINT:  # the terminal sends Ctrl-C to the child itself
@@ -240,5 +280,5 @@ def _summary(points: list[Point], lines: list[dict[str, Any]]) -> str:
         word = f"{line['status']} ({number})" if number else line["status"]
         results = folder.read_json(point.run_dir / folder.RESULTS_FILE) if line["status"] == "done" else {}
         numbers = [f"{key}={value:.4g}" for key, value in results.items() if isinstance(value, int | float)][:4]
-        rows.append(f"{' '.join(point.varied):<50} {word:<12} {' '.join(numbers)}".rstrip())
+        rows.append(f"{point.label:<50} {word:<12} {' '.join(numbers)}".rstrip())
     return "\n".join(rows)
