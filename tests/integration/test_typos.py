@@ -90,7 +90,7 @@ def test_the_right_key_is_suggested_first(
 def test_many_more_typos_are_understood() -> None:
     from vissl_like.config.suggest import suggest_keys
 
-    cases = typos(400, seed=99)
+    cases = typos(150, seed=99)
     right = sum(suggest_keys(tuple(wrong.split(".")))[:1] == (key,) for wrong, key in cases)
     assert right >= 0.98 * len(cases)
 

@@ -160,7 +160,6 @@ def _config(*overrides: str) -> tuple[Config, tuple[str, ...]]:
         ("MODEL.AMP_PARAMS.USE_AMP=true", "MACHINE.PRECISION", "fp16"),
         ("MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "DISTRIBUTED.STRATEGY", "fsdp"),
         ("DISTRIBUTED.RUN_ID=host:1234", "DISTRIBUTED.ENDPOINT", "host:1234"),
-        ("DATA.TRAIN.DATASET_PATHS=[.]", "DATA.TRAIN.DATA_PATHS", ["."]),
         ("NEAREST_NEIGHBOR.TOPK=20", "NEAREST_NEIGHBOR.TOPK", [20]),
         ("MODEL.TRUNK.TRUNK_PARAMS.RESNETS.DEPTH=18", "MODEL.TRUNK.RESNETS.DEPTH", 18),
     ],
@@ -174,6 +173,12 @@ def test_old_names_on_the_command_line(override: str, key: str, value: Any) -> N
     mine = [note for note in notes if "old name" in note]
     assert len(mine) == (0 if override.startswith("NEAREST") else 1)
     assert all(note.startswith("command line: config.") and f"config.{key}" in note for note in mine)
+
+
+def test_old_name_of_the_paths() -> None:
+    config, notes = _config("config.DATA.TRAIN.DATA_SOURCES=[disk_folder]", "config.DATA.TRAIN.DATASET_PATHS=[.]")
+    assert config.DATA.TRAIN.DATA_PATHS == ["."]
+    assert any("old name" in note and "config.DATA.TRAIN.DATA_PATHS" in note for note in notes)
 
 
 def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:

@@ -231,7 +231,7 @@ def test_device_transform_does_not_touch_its_input() -> None:
         (t("RandomResizedCropp", size=3), "did you mean 'RandomResizedCrop'"),
         (t("imgrotatepil"), r"no such transform; did you mean 'ImgRotatePil'"),
         (t("Xyzzy"), r"no such transform\. `list transforms`"),
-        (t("Resize", sze=3), r"\[0\]\.sze: unknown argument; did you mean 'size'"),
+        (t("Resize", sze=3), r"\.0\.sze: unknown argument; did you mean 'size'"),
         (t("Resize"), "needs the argument 'size'. Resize takes size, interpolation, max_size, antialias"),
         (t("PILToTensor", x=1), "takes no arguments"),
         (t("ColorJitter", brightness=-1), "does not take these values"),
@@ -247,7 +247,7 @@ def test_device_transform_does_not_touch_its_input() -> None:
         (t("ToTensor", indices=[1]), "number 0"),
         ({"size": 3}, "a transform is {name: NAME"),
         ("ToTensor", "a transform is {name: NAME"),
-        (t("RandomApply", transforms=[t("Resize", size=3), t("Resice", size=3)]), r"\[0\]\.transforms\[1\]\.name='Resice'"),
+        (t("RandomApply", transforms=[t("Resize", size=3), t("Resice", size=3)]), r"\.0\.transforms\.1\.name='Resice'"),
         (t("RandomApply", transforms=[t("ToTensor")]), "may not turn images into tensors"),
         (t("Compose", transforms=[t("ImgRotatePil")]), "gives the label cannot stand inside"),
         (t("ToDtype", dtype="float33"), "dtype"),
@@ -261,7 +261,7 @@ def test_one_wrong_entry(entry: Any, text: str) -> None:
     assert len(problems) == 1
     with pytest.raises(ConfigError, match=text):
         build_views([entry], key=KEY)
-    assert problems[0].startswith(KEY + "[0]")
+    assert problems[0].startswith(KEY + ".0")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_one_wrong_entry(entry: Any, text: str) -> None:
 def test_wrong_order(names: list[str]) -> None:
     arguments = {"ImgPilColorDistortion": {"strength": 1}, "Normalize": {"mean": MEAN, "std": STD}}
     problems = check_transforms([t(name, **arguments.get(name, {})) for name in names], KEY)
-    assert len(problems) == 1 and problems[0].startswith(f"{KEY}[1]")
+    assert len(problems) == 1 and problems[0].startswith(f"{KEY}.1")
 
 
 def test_normalize_numbers() -> None:
@@ -287,7 +287,7 @@ def test_normalize_numbers() -> None:
 def test_all_problems_at_once() -> None:
     wrong = [t("Resiz", size=3), t("CenterCrop", szie=3), t("ToTensor"), t("Normalise", mean=MEAN, std=STD)]
     assert [problem.split(": ")[0] for problem in check_transforms(wrong, KEY)] == [
-        f"{KEY}[0].name='Resiz'", f"{KEY}[1].szie", f"{KEY}[3].name='Normalise'"
+        f"{KEY}.0.name='Resiz'", f"{KEY}.1.szie", f"{KEY}.3.name='Normalise'"
     ]  # fmt: skip
     assert len(check_transforms([t("ImgRotatePil"), t("ImgRotatePil")], KEY)) == 1
 

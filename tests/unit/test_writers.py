@@ -6,6 +6,7 @@ import io
 import json
 import math
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,9 @@ def test_a_continued_run_continues_its_wandb_run(tmp_path: Path) -> None:
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(run_id) for folder in folders)
+    deadline = time.monotonic() + 60  # wandb writes in a process of its own, which may be late on a crowded machine
+    while not all(map(_wandb_history, folders)) and time.monotonic() < deadline:
+        time.sleep(0.2)
     history = [_wandb_history(folder) for folder in folders]
     assert [[line["step"] for line in lines] for lines in history] == [[1, 2], [3, 4]]
     assert history[1][0]["train/loss"] == 1.0 / 3
