@@ -115,13 +115,10 @@ class Backgrounds:
 
     def _accuracy(self, variant: str) -> dict[str, float]:
         dataset = _dataset(self.config, ImageNet9Source(_root(self.config), variant=variant))
-        world = distributed.current()
-        blocks = self._blocks(len(dataset))
-        first, last = share(len(blocks), rank=world.rank, size=world.size)
         right: dict[str, int] = {}
         total = 0
         with _closing(dataset):
-            batches = self.loading.batches(dataset, blocks[first:last])
+            batches = self.loading.batches(dataset, self._own_blocks(len(dataset)))
             for read, logits in outputs(
                 self.model, batches, self.call, to_input=dataset.device_transform, loading=self.loading
             ):
@@ -167,12 +164,9 @@ class Backgrounds:
 
     def _objects(self, dataset: ImageDataset) -> list[_Object]:
         """This rank's images with masks, as the loader gives them."""
-        world = distributed.current()
-        blocks = self._blocks(len(dataset))
-        first, last = share(len(blocks), rank=world.rank, size=world.size)
         return [
             _Object(batch["data"][i].clone(), batch["mask"][i].clone(), int(batch["label"][i]))
-            for batch in self.loading.batches(dataset, blocks[first:last])
+            for batch in self.loading.batches(dataset, self._own_blocks(len(dataset)))
             for i in range(len(batch["label"]))
             if batch["valid"][i]
         ]
@@ -206,6 +200,12 @@ class Backgrounds:
                 f" set that the model was trained on, or another file as {KEY}.CLASS_MAP."
             )
         return class_map[best]
+
+    def _own_blocks(self, count: int) -> list[np.ndarray]:
+        """Those of this rank."""
+        world, blocks = distributed.current(), self._blocks(count)
+        first, last = share(len(blocks), rank=world.rank, size=world.size)
+        return blocks[first:last]
 
     def _blocks(self, count: int) -> list[np.ndarray]:
         return [np.arange(*span) for span in spans(count, self.config.DATA.TEST.BATCHSIZE_PER_REPLICA)]

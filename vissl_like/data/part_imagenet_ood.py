@@ -12,6 +12,7 @@ from typing import Any
 from vissl_like.data.part_sets import read_coco, synset_of
 from vissl_like.data.tables import Table, read_table
 from vissl_like.errors import DataError
+from vissl_like.files import refusals_explained, write_text
 
 #: What is written: name of the file -> is_test in the table.
 FILES = {"train_train.json": 0, "train_test.json": 1}
@@ -25,14 +26,17 @@ def resplit(annotations: Path, table: Path, out: Path) -> dict[str, int]:
     """
     content = read_coco(annotations)
     is_test = _tested(table)
-    lost = [name for name in is_test if name not in {Path(image["file_name"]).stem for image in content["images"]}]
+    known = {Path(image["file_name"]).stem for image in content["images"]}
+    lost = [name for name in is_test if name not in known]
     if lost:
         raise DataError(f"{annotations}: has no image {lost[0]!r}, which {table} lists (and {len(lost) - 1} more).")
     counts = {}
     for name, wanted in FILES.items():
         images = [image for image in content["images"] if is_test.get(Path(image["file_name"]).stem) == wanted]
         part = _part(content, images, file=annotations)
-        _write(out / name, part)
+        with refusals_explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_text(out / name, json.dumps(part))
         counts[name] = len(images)
     return counts
 
@@ -67,11 +71,3 @@ def _part(content: dict[str, Any], images: list[dict[str, Any]], *, file: Path) 
     ]
     numbered = [annotation | {"image_id": number[annotation["image_id"]]} for annotation in kept]
     return content | {"images": moved, "annotations": numbered}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be written ({error.strerror}).") from error

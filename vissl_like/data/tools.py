@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -55,7 +55,12 @@ def _siim_acr(words: list[str]) -> int:
     from vissl_like.data.medical import prepare
 
     counts = prepare(Path(given.source), Path(given.tubes), Path(given.target))
-    print(f"{given.target}: " + ", ".join(f"{count} images in {name}" for name, count in counts.items()))
+    return _say(given.target, counts)
+
+
+def _say(target: str, counts: Mapping[str, int]) -> int:
+    """Tell what was made, and return the exit code."""
+    print(f"{target}: " + ", ".join(f"{count} images in {name}" for name, count in counts.items()))
     return 0
 
 
@@ -70,8 +75,7 @@ def _part_imagenet_ood(words: list[str]) -> int:
     from vissl_like.data.part_imagenet_ood import resplit
 
     counts = resplit(Path(given.annotations), Path(given.table), Path(given.target))
-    print(f"{given.target}: " + ", ".join(f"{count} images in {name}" for name, count in counts.items()))
-    return 0
+    return _say(given.target, counts)
 
 
 def _toy(words: list[str], *, which: str) -> int:

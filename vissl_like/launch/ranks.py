@@ -59,9 +59,10 @@ def run_ranks(plan: Plan, run_dir: Path) -> dict[str, Any]:
         except SignalException as error:
             raise signal_cause(left_words(errors_dir), [int(error.sigval)]) from None
         except KeyboardInterrupt:  # Ctrl-C for the second time: too late if the main rank has saved
-            if any(word.rank == 0 for word in stops(left_words(errors_dir))):
-                raise signal_cause(left_words(errors_dir), received) from None
-            raise
+            words = left_words(errors_dir)
+            if not is_saved(words):
+                raise
+            raise signal_cause(words, received) from None
         except Exception:  # PyTorch fails to read what a process that was stopped while it started has left
             if not received:
                 raise
@@ -84,14 +85,19 @@ def results_of(returned: Mapping[int, dict[str, Any]], received: list[int]) -> d
     return returned.get(0, {})
 
 
-def stops(words: list[RankError]) -> list[RankError]:
+def is_saved(words: list[RankError]) -> bool:
+    """Whether the main rank has stopped after saving."""
+    return any(word.rank == 0 for word in _stops(words))
+
+
+def _stops(words: list[RankError]) -> list[RankError]:
     """What those ranks said that stopped after saving."""
     return [word for word in words if word.kind == Stopped.__name__]
 
 
 def signal_cause(words: list[RankError], received: list[int]) -> Exception:
     """After a signal: whether the ranks could save."""
-    said = stops(words)
+    said = _stops(words)
     return signals.stopped(_as_it_came(said[0].message, received)) if said else Interrupted(received[0])
 
 

@@ -32,9 +32,9 @@ from vissl_like.launch.ranks import (
     environment_of_ranks,
     forwarded_signals,
     if_known,
+    is_saved,
     results_of,
     signal_cause,
-    stops,
 )
 from vissl_like.launch.watch import POLL_S, Round, RoundOver, Watch
 
@@ -91,9 +91,10 @@ def _run_round(watch: Watch, now: Round, received: list[int]) -> Ending | None:
         except (UserError, Stopped) as error:  # also a verdict that came while the ranks ran
             return Ending.of(error)
         except KeyboardInterrupt:  # Ctrl-C for the second time: too late if the main rank has saved
-            if any(word.rank == 0 for word in stops(left_words(Path(words_dir)))):
-                return Ending.of(signal_cause(left_words(Path(words_dir)), received))
-            raise
+            words = left_words(Path(words_dir))
+            if not is_saved(words):
+                raise
+            return Ending.of(signal_cause(words, received))
         except Exception as error:  # after a signal: PyTorch cannot read what a process that was starting has left
             return Ending.of(signal_cause(left_words(Path(words_dir)), received) if received else error)
 

@@ -19,9 +19,10 @@ def start(loaded: Loaded, *, config_dirs: list[str], run_dir: str = "") -> int:
         loaded.recipe, list(loaded.presets), list(loaded.overrides), list(config_dirs), list(loaded.notes)
     )
     where = Path(run_dir) if run_dir else folder.default_dir(job, loaded.recipe)
-    check_inputs(folder.with_run_dir(job, where))  # lost files are reported before torch is imported
+    placed = folder.with_run_dir(job, where)
+    check_inputs(placed)  # lost files are reported before torch is imported
     logs.to_console(verbose=job.config.VERBOSE)
-    check_contents(folder.with_run_dir(job, where), where)
+    check_contents(placed, where)
     if job.config.RUN.DRY_RUN:
         from vissl_like.launch.dry_run import dry_run
 

@@ -107,12 +107,12 @@ def _check(points: list[Point]) -> None:
     problems: dict[str, list[int]] = {}
     kinds: list[type[UserError]] = []
     for number, point in enumerate(points):
-        config = point.loaded.job.config
+        job = folder.with_run_dir(point.loaded.job, point.run_dir)
         try:
-            check_inputs(folder.with_run_dir(point.loaded.job, point.run_dir))
-            check_contents(folder.with_run_dir(point.loaded.job, point.run_dir), point.run_dir)
-            if slurm.is_wanted(config):
-                slurm.requested(config)
+            check_inputs(job)
+            check_contents(job, point.run_dir)
+            if slurm.is_wanted(job.config):
+                slurm.requested(job.config)
         except UserError as error:
             kinds.append(type(error))
             problems.setdefault(str(error), []).append(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -118,14 +118,8 @@ def removals_table(results: Mapping[str, Any]) -> str:
     whole = [results.get("test_top_1"), None, results.get("test_worst_group")]
     rows = ([("all parts", whole)] if whole[0] is not None else []) + rows
     shown = [i for i in range(3) if any(numbers[i] is not None for _, numbers in rows)]
-    head = "".join(f'<th class="n">{("top 1", "change", "worst group")[i]}</th>' for i in shown)
-    lines = "".join(
-        f"<tr><td>{escape(title)}</td>"
-        + "".join(f'<td class="n">{one_decimal(numbers[i])}</td>' for i in shown)
-        + "</tr>"
-        for title, numbers in rows
-    )
-    return f'<div class="scroll"><table class="result"><tr><th>parts in the mask</th>{head}</tr>{lines}</table></div>'
+    columns = [("top 1", "change", "worst group")[i] for i in shown]
+    return _table("parts in the mask", columns, [(title, [numbers[i] for i in shown]) for title, numbers in rows])
 
 
 def measures_table(results: Mapping[str, Any]) -> str:
@@ -141,11 +135,16 @@ def measures_table(results: Mapping[str, Any]) -> str:
         return ""
     order = [*COLUMNS.values(), MEAN_COLUMN]
     columns = [column for column in order if any(numbers.get(column) is not None for _, numbers in rows)]
+    return _table("", columns, [(title, [numbers.get(column) for column in columns]) for title, numbers in rows])
+
+
+def _table(corner: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> str:
+    """A table of numbers with one decimal; `corner` stands above the titles of the rows."""
     head = "".join(f'<th class="n">{escape(column)}</th>' for column in columns)
     lines = "".join(
         f"<tr><td>{escape(title)}</td>"
-        + "".join(f'<td class="n">{one_decimal(numbers.get(column))}</td>' for column in columns)
+        + "".join(f'<td class="n">{one_decimal(number)}</td>' for number in numbers)
         + "</tr>"
         for title, numbers in rows
     )
-    return f'<div class="scroll"><table class="result"><tr><th></th>{head}</tr>{lines}</table></div>'
+    return f'<div class="scroll"><table class="result"><tr><th>{escape(corner)}</th>{head}</tr>{lines}</table></div>'
