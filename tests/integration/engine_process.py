@@ -1,7 +1,8 @@
-"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [SIGKILL|SIGTERM]
+"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [SIGKILL|SIGTERM|LATE]
 
 jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With a signal the process sends it to
-itself before the third block of features that it writes.
+itself before the third block of features that it writes. LATE: ranks but the first begin to write features when the first
+has marked its own as done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -18,7 +20,9 @@ def main() -> None:
     from vissl_like.core import distributed
     from vissl_like.registry import resolve
 
-    if sys.argv[2:]:
+    if sys.argv[2:] == ["LATE"]:
+        write_late()
+    elif sys.argv[2:]:
         signal_while_writing(signal.Signals[sys.argv[2]])
     distributed.start(device="cpu")
     for job, run_dir in json.loads(Path(sys.argv[1]).read_text()):
@@ -42,6 +46,21 @@ def signal_while_writing(number: signal.Signals) -> None:
         write(writer, *args, **options)  # type: ignore[arg-type]
 
     features.FeatureWriter.write = counted  # type: ignore[method-assign, assignment]
+
+
+def write_late() -> None:
+    import numpy as np
+
+    from vissl_like.analysis import features
+
+    start = features.FeatureWriter.__init__
+
+    def wait_and_start(writer: features.FeatureWriter, folder: Path) -> None:
+        while os.environ["RANK"] != "0" and not np.load(folder / features._DONE).any():
+            time.sleep(0.01)
+        start(writer, folder)
+
+    features.FeatureWriter.__init__ = wait_and_start  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

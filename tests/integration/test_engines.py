@@ -84,7 +84,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
     return resolve("engine", job.engine_name, key="engine_name")(job, run_dir)
 
 
-def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, signal: str = "") -> list[int]:
+def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, how: str = "") -> list[int]:
     """Run the jobs one after the other in `ranks` processes; returns exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     for _, run_dir in jobs:
@@ -104,7 +104,7 @@ def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, signal:
         sys.executable,
         str(Path(__file__).parent / "engine_process.py"),
         str(file),
-        *([signal] if signal else []),
+        *([how] if how else []),
     ]
     processes = [
         subprocess.Popen(
@@ -182,6 +182,13 @@ def test_ranks_change_no_bit(images: Path, alone: Path, tmp_path: Path, ranks: i
     assert (tmp_path / "extract" / "bad_images.txt").read_text() == (alone / "extract" / "bad_images.txt").read_text()
 
 
+def test_a_late_rank_writes_its_own_part(images: Path, alone: Path, tmp_path: Path) -> None:
+    """It once took its share of what the first had left, instead of its share of all, and blocks were missing."""
+    extraction, run_dir = jobs_of_all_engines(images, tmp_path)[0]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="LATE") == [0, 0]
+    assert digests(run_dir) == digests(alone / run_dir.name)
+
+
 def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     changes = {
         "CLUSTERFIT__FEATURES__EXTRACT": True,
@@ -241,14 +248,14 @@ def test_a_stopped_extraction_keeps_all_that_was_done(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     [(extraction, run_dir), *_] = jobs_of_all_engines(images, tmp_path)
-    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, signal="SIGTERM") == [1]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, how="SIGTERM") == [1]
     assert "SIGTERM: extraction stopped; what is done is kept. Start again to go on." in capfd.readouterr().err
     assert np.load(run_dir / "features" / "TRAIN" / "done.npy").sum() == 3
 
 
 def test_a_killed_extraction_goes_on_and_ends_in_the_same_bits(images: Path, alone: Path, tmp_path: Path) -> None:
     [(extraction, run_dir), *_] = jobs_of_all_engines(images, tmp_path)
-    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, signal="SIGKILL") == [-9]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=1, how="SIGKILL") == [-9]
     assert np.load(run_dir / "features" / "TRAIN" / "done.npy").sum() == 2
     with pytest.raises(DataError, match="interrupted"):
         FeatureStore.open(run_dir / "features", "TRAIN", "flatten")

@@ -119,13 +119,12 @@ def extract(
     """
     started = time.perf_counter()
     target = folder / dataset.split
-    writer = _prepare(
+    pending = _prepare(
         model, dataset, target, options, batch=batch, identity=identity, loading=loading, overwrite=overwrite
     )
     rows_done = 0
-    if writer is not None:
-        world = distributed.current()
-        pending = writer.pending()
+    if pending is not None:
+        world, writer = distributed.current(), FeatureWriter(target)
         first, last = share(len(pending), rank=world.rank, size=world.size)
         mine = pending[first:last]
         batches = loading.batches(dataset, [np.arange(*writer.blocks[block]) for block in mine])
@@ -139,8 +138,8 @@ def extract(
         writer.close()
         rows_done = sum(stop - start for start, stop in (writer.blocks[block] for block in pending))
         dataset.write_bad_images()
-    manifest = on_main(lambda: _finish(target, is_new=writer is not None))
-    seconds = time.perf_counter() - started if writer is not None else 0.0
+    manifest = on_main(lambda: _finish(target, is_new=pending is not None))
+    seconds = time.perf_counter() - started if pending is not None else 0.0
     dims = {name: int(layer["dim"]) for name, layer in manifest["layers"].items()}
     return Extraction(dataset.split, len(dataset), rows_done, seconds, dims, len(manifest["bad_rows"]))
 
@@ -174,12 +173,15 @@ def _prepare(
     identity: Mapping[str, Any],
     loading: Loading,
     overwrite: bool,
-) -> FeatureWriter | None:
-    """A writer on every process, or None if there is nothing to do."""
+) -> list[int] | None:
+    """The blocks that are to be written, the same on every process, or None if all is there.
+
+    The main process alone looks what is pending: the marks change as soon as one process is through with its part.
+    """
     shapes = feature_shapes(model, dataset, loading=loading)
 
-    def prepare() -> bool:
-        return FeatureWriter.prepare(
+    def prepare() -> list[int] | None:
+        has_work = FeatureWriter.prepare(
             target,
             subject_of(dataset, identity),
             layers=shapes,
@@ -188,11 +190,12 @@ def _prepare(
             block_rows=batch,
             overwrite=overwrite,
         )
+        return FeatureWriter(target).pending() if has_work else None
 
-    if on_main(prepare):
-        return FeatureWriter(target)
-    logger.info("features of %s are complete in %s; nothing to do", dataset.split, target)
-    return None
+    pending = on_main(prepare)
+    if pending is None:
+        logger.info("features of %s are complete in %s; nothing to do", dataset.split, target)
+    return pending
 
 
 def feature_shapes(model: nn.Module, dataset: ImageDataset, *, loading: Loading) -> dict[str, tuple[int, ...]]:
