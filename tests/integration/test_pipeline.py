@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from vissl_like.config.check import compose_stage
+from vissl_like.config.saved import config_hash
 from vissl_like.config.schema import Job
+from vissl_like.config.stages import stage_jobs
 from vissl_like.engines import pipeline
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.launch import stage_folder
 
 HERE = Path(__file__).parent
 
@@ -60,6 +64,42 @@ def test_a_changed_stage_is_redone_alone_and_only_when_asked_for(tmp_path: Path)
         pipeline.run(chain(seed=1), tmp_path)
     pipeline.run(chain(seed=1, overwrite=True), tmp_path)
     assert starts(tmp_path) == [1, 2]
+
+
+def announced(job: Job, run_dir: Path) -> list[str]:
+    """What a dry run says of each stage."""
+    said: list[str] = []
+    again: list[str] = []
+    for stage in stage_jobs(job, run_dir, compose_stage):
+        said.append(stage_folder.expected(stage, run_dir, overwrite=job.config.RUN.OVERWRITE, again=again))
+        again += [stage.name] if said[-1].startswith("starts again") else []
+    return said
+
+
+def test_a_dry_run_says_what_the_start_does(tmp_path: Path) -> None:
+    assert announced(chain(), tmp_path) == ["to do", "to do"]
+    with pytest.raises(DataError):
+        pipeline.run(chain("mistake"), tmp_path)
+    assert announced(chain(), tmp_path) == ["finished", "goes on"]
+    pipeline.run(chain(), tmp_path)
+    assert announced(chain(), tmp_path) == ["finished", "finished"]
+    changed = chain(seed=1, overwrite=True)
+    assert announced(changed, tmp_path) == ["finished", "starts again: it differs from the one in its folder"]
+    both = changed.model_copy(update={"config": changed.config.model_copy(update={"SEED_VALUE": 2})})
+    assert [line.split(":")[0] for line in announced(both, tmp_path)] == ["starts again", "starts again"]
+    shutil.rmtree(tmp_path / "first")
+    assert announced(chain(), tmp_path) == ["to do", "starts again: its inputs were made anew"]
+
+
+def test_another_number_of_clusters_makes_no_other_teacher() -> None:
+    def job(engine: str, clusters: int, epochs: int) -> Job:
+        config = {"CLUSTERFIT": {"NUM_CLUSTERS": clusters}, "OPTIMIZER": {"NUM_EPOCHS": epochs}}
+        return Job.model_validate({"engine_name": engine, "config": config})
+
+    assert config_hash(job("train", 4, 2)) == config_hash(job("train", 5, 2)) != config_hash(job("train", 4, 3))
+    assert config_hash(job("cluster_features", 4, 2)) == config_hash(job("cluster_features", 4, 3))
+    assert config_hash(job("cluster_features", 4, 2)) != config_hash(job("cluster_features", 5, 2))
+    assert config_hash(job("endings", 4, 2)) != config_hash(job("endings", 5, 2))  # a plugin may read everything
 
 
 def test_an_unfinished_stage_does_not_go_on_with_other_inputs(tmp_path: Path) -> None:

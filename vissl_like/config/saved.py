@@ -44,6 +44,28 @@ IRRELEVANT = (
 #: the last bit of a convolution). Finished features keep the batches that they were made with.
 BATCH_IS_IRRELEVANT = ("extract_features", "cluster_features", "extract_label_predictions")
 
+#: Sections that only these engines read. In a pipeline each stage has them all: another number of clusters makes no
+#: other teacher.
+_READ_BY = {
+    "config.CLUSTERFIT": ("cluster_features",),
+    "config.EXTRACT_FEATURES": ("extract_features", "cluster_features", "evaluate"),
+    "config.EVALUATE": ("evaluate",),
+    "config.NEAREST_NEIGHBOR": ("evaluate",),
+    "config.LINEAR_PROBE": ("evaluate",),
+    "config.LOW_SHOT": ("evaluate",),
+    "config.EVALUATE_PARTS": ("evaluate_parts",),
+    "config.OPTIMIZER": ("train", "evaluate_parts"),
+}
+#: Engines whose reading the table knows; another one, of a plugin, may read everything.
+_KNOWN_ENGINES = (
+    "train",
+    "extract_features",
+    "cluster_features",
+    "extract_label_predictions",
+    "evaluate",
+    "evaluate_parts",
+)
+
 
 def plain(job: Job) -> dict[str, Any]:
     """The job as plain data."""
@@ -74,7 +96,8 @@ def relevant(job: Job, *, global_batch: int | None = None) -> dict[str, Any]:
     With `global_batch` (images per optimizer step of a training), that number stands for the options it is made from: the
     same steps may be made by other numbers of processes, accumulated batches and images per process.
     """
-    found = {".".join(path): value for path, value in flatten(plain(job)) if not _is_irrelevant(".".join(path))}
+    names = {".".join(path): value for path, value in flatten(plain(job))}
+    found = {name: value for name, value in names.items() if not _is_irrelevant(name, job.engine_name)}
     if job.engine_name in BATCH_IS_IRRELEVANT:
         for split in ("TRAIN", "VAL", "TEST"):
             found.pop(f"config.DATA.{split}.BATCHSIZE_PER_REPLICA")
@@ -85,8 +108,9 @@ def relevant(job: Job, *, global_batch: int | None = None) -> dict[str, Any]:
     return found
 
 
-def _is_irrelevant(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in IRRELEVANT)
+def _is_irrelevant(key: str, engine: str) -> bool:
+    unread = [name for name, readers in _READ_BY.items() if engine in _KNOWN_ENGINES and engine not in readers]
+    return any(key == name or key.startswith(f"{name}.") for name in (*IRRELEVANT, *unread))
 
 
 def config_hash(job: Job, *, global_batch: int | None = None) -> str:

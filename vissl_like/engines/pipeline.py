@@ -14,7 +14,7 @@ from vissl_like.config.check import compose_stage
 from vissl_like.config.schema import Job, Table
 from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.files import write_json
-from vissl_like.launch import folder, outputs
+from vissl_like.launch import folder, stage_folder
 from vissl_like.launch.endpoint import is_writer
 from vissl_like.launch.local import LaunchInfo, launch
 
@@ -43,26 +43,14 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
 
 def _run_stage(stage: StageJob, run_dir: Path, *, overwrite: bool) -> dict[str, Any]:
     """Launch one stage. It starts anew if a stage it reads from was made anew since, or if it differs and may be redone."""
-    inputs = {name: _identity(run_dir / name) for name in stage.needs}
-    record = stage.run_dir / "inputs.json"
-    known = folder.read_json(record) if record.exists() else inputs
-    differs = overwrite and folder.holds_other(stage.job, stage.run_dir)
     job = stage.job
-    if known != inputs or differs:
-        why = "it differs from the one in its folder" if differs else "its inputs were made anew"
+    if why := stage_folder.why_again(stage, run_dir, overwrite=overwrite):
         logger.info("stage %s: %s; it starts again", stage.name, why)
         folder.remove_outputs(stage.run_dir)
         fresh = job.config.RUN.model_copy(update={"OVERWRITE": True})
         job = job.model_copy(update={"config": job.config.model_copy(update={"RUN": fresh})})
-    # Written before the start, and after former outputs are gone: a killed stage must not go on with other inputs.
-    folder.make(stage.run_dir)
-    write_json(record, inputs)
+    stage_folder.begin(stage, run_dir)
     return launch(job, stage.run_dir, LaunchInfo(recipe=stage.recipe))
-
-
-def _identity(run_dir: Path) -> str:
-    """What a finished stage is known by: its manifest says which configuration, and what came out."""
-    return outputs.identity(folder.read_json(run_dir / folder.MANIFEST_FILE))
 
 
 def summary(table: Table, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vissl_like.config.schema import Job
 from vissl_like.config.schema_data import Split
 from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.errors import UserError
-from vissl_like.launch import folder, slurm
+from vissl_like.launch import slurm, stage_folder
 from vissl_like.launch.contents import is_below
 from vissl_like.launch.inputs import MODEL_ENGINES, splits_to_open
 from vissl_like.launch.local import plan_for
@@ -29,17 +29,22 @@ def stage_lines(job: Job, run_dir: Path) -> Iterator[str]:
     """A heading for every stage, its data and its model. Raises what would stop a stage, with the name of the stage."""
     stages = stage_jobs(job, run_dir, compose_stage)
     opened: _Opened = {}
+    again: list[str] = []
     for stage in stages:
-        done = "finished" if folder.read_json(stage.run_dir / folder.MANIFEST_FILE).get("complete") else "to do"
+        done = stage_folder.expected(stage, run_dir, overwrite=job.config.RUN.OVERWRITE, again=again)
+        if done.startswith("starts again"):
+            again.append(stage.name)
         after = f", after {', '.join(stage.needs)}" if stage.needs else ""
         yield f"{stage.name}: {stage.job.engine_name} of {stage.recipe or 'this page'}{after} ({done})"
         try:
-            yield from (f"  {line}" for line in _details(stage, stages, run_dir, opened))
+            yield from (f"  {line}" for line in _details(stage, stages, run_dir, opened, again))
         except UserError as error:
             raise type(error)(f"stage {stage.name!r}: {error}") from error
 
 
-def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Opened) -> Iterator[str]:
+def _details(
+    stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Opened, again: list[str]
+) -> Iterator[str]:
     from vissl_like.launch.dry_run import describe_split, model_parts, refuse_few_images
 
     job, plan = plan_for(stage.job, slurm.expected(stage.job.config))
@@ -48,7 +53,7 @@ def _details(stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Op
     sets: dict[str, ImageDataset] = {}
     clusters = 0
     for split in splits_to_open(job):
-        awaited = _awaited(getattr(job.config.DATA, split), run_dir)
+        awaited = _awaited(getattr(job.config.DATA, split), run_dir, again)
         if _images_are_awaited(getattr(job.config.DATA, split), awaited):
             yield f"{split}: the images are those of {', '.join(awaited)}"
             continue
@@ -77,10 +82,16 @@ def _open(job: Job, split: str, opened: _Opened) -> ImageDataset:
     return opened[key]
 
 
-def _awaited(options: Split, run_dir: Path) -> list[str]:
-    """Paths of a split that an earlier stage has still to make."""
+def _awaited(options: Split, run_dir: Path, again: list[str]) -> list[str]:
+    """Paths of a split that an earlier stage has still to make, or makes `again`."""
+    remade = [run_dir / name for name in again]
     given = [*options.DATA_PATHS, *(path for path in options.LABEL_PATHS if isinstance(path, str))]
-    return [path for path in given if is_below(path, run_dir) and not os.path.exists(path)]
+    return [
+        path
+        for path in given
+        if is_below(path, run_dir)
+        and (not os.path.exists(path) or any(is_below(path, stage_dir) for stage_dir in remade))
+    ]
 
 
 def _images_are_awaited(options: Split, awaited: list[str]) -> bool:
