@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from vissl_like.config import compose
 from vissl_like.config.check import Loaded, load_job, load_sweep
@@ -260,3 +261,14 @@ def test_flatten_keeps_lists_and_empty_mappings_as_values() -> None:
 
 def test_shell_quoting() -> None:
     assert compose.shell_quoted('a="$x"') == '"a=\\"\\$x\\""'
+
+
+def test_a_merge_leaves_the_store_of_hydra_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra copies its whole store for each merge; a caller's program may hold recipes of its own there."""
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", dict(store.repo))
+    store.store(group="config/mine", name="base", node={"config": {"SEED_VALUE": 99}})
+    former = dict(store.repo)
+    write(folder / "configs", "mine/new", "config: {LOG_FREQUENCY: 7}\n")
+    assert load("config=mine/child", "+config/mine=new").job.config.SEED_VALUE == 2
+    assert store.repo == former and list(store.repo["config"]["mine"]) == ["base.yaml"]

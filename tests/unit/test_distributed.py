@@ -16,6 +16,7 @@ from vissl_like.core import distributed
 from vissl_like.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+SHARDING = "torch.distributed.fsdp, torch._dynamo"  # PyTorch imports both where a model is sharded
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -38,25 +39,46 @@ def test_asking_for_a_gpu_that_is_not_there() -> None:
         distributed.start(device="gpu")
 
 
-def run_ranks(code: str, *, size: int, folder: Path) -> list[str]:
-    """Run the code on `size` processes with the environment that torchrun would set; returns their output."""
+def run_ranks(code: str, *, size: int, folder: Path, imports: str = "torch") -> list[str]:
+    """Run the code on `size` processes with the environment that torchrun would set; returns their output.
+
+    They are forks of one new process, which has imported PyTorch and what else takes long (`imports`).
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = folder / "ranks.py"
-    script.write_text("from vissl_like.core import distributed, parallel\nimport torch\n" + textwrap.dedent(code))
-    processes = []
-    for rank in range(size):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size
-    return outputs
+    script.write_text(
+        f"""
+import os, sys
+import torch, {imports}
+from vissl_like.core import distributed, parallel
+forks = {{}}
+for rank in range({size}):
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.stdout = open(f"{folder}/{{rank}}.out", "w")
+        break
+    forks[pid] = rank
+else:
+    while forks:
+        pid, status = os.wait()
+        if status:
+            for other in forks:
+                os.kill(other, 9)
+            sys.exit(f"rank {{forks[pid]}}: {{os.waitstatus_to_exitcode(status)}}")
+        del forks[pid]
+    sys.exit()
+"""
+        + textwrap.dedent(code)
+    )
+    environment = os.environ | {
+        "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=240)
+    return [(folder / f"{rank}.out").read_text() for rank in range(size)]
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import json
 import subprocess
@@ -43,6 +44,7 @@ def imports(tree: ast.AST, *, everywhere: bool) -> Iterator[str]:
             yield from imports(node, everywhere=everywhere)
 
 
+@functools.cache
 def imported_by(path: Path, *, everywhere: bool = True) -> list[str]:
     return list(imports(ast.parse(path.read_text("utf-8")), everywhere=everywhere))
 
@@ -92,13 +94,9 @@ def test_hydra_has_one_home() -> None:
     assert users in (["config/compose.py"], [])
 
 
-@pytest.mark.parametrize(
-    "module", ["vissl_like.launch.main", "vissl_like.config.reference", "vissl_like.config.compose"]
-)
-def test_answers_without_heavy_imports(module: str) -> None:
-    program = f"import sys, json, {module}; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert not set(json.loads(done.stdout)) & set(HEAVY)
+def test_answers_without_heavy_imports() -> None:
+    found = loaded_after(["vissl_like.config.reference", "vissl_like.config.compose", "vissl_like.launch.main"], HEAVY)
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize(
@@ -108,9 +106,24 @@ def test_every_registered_component_exists(kind: str, name: str) -> None:
     assert callable(registry.resolve(kind, name, key="TEST"))
 
 
-@pytest.mark.parametrize("engine", ["train", "extract_features", "cluster_features", "evaluate"])
-def test_an_engine_loads_no_library_that_its_job_may_not_need(engine: str) -> None:
+def test_an_engine_loads_no_library_that_its_job_may_not_need() -> None:
     """torchvision brings PyTorch's compiler: 170 MB in each process, and seconds. So image code imports it when used."""
-    program = f"import sys, vissl_like.engines.{engine}; print([n for n in {UNASKED!r} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+    engines = [f"vissl_like.engines.{name}" for name in ("train", "extract_features", "cluster_features", "evaluate")]
+    found = loaded_after(engines, UNASKED)
+    assert not any(found.values()), found
+
+
+def loaded_after(modules: list[str], names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Which of these libraries are loaded after each of the modules, imported one after the other in a new process."""
+    program = f"""
+import importlib, json, sys
+found = {{}}
+for module in {modules!r}:
+    importlib.import_module(module)
+    found[module] = [name for name in {names!r} if name in sys.modules]
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    assert list(found) == modules
+    return found

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.unit.test_distributed import run_ranks
+from tests.unit.test_distributed import SHARDING, run_ranks
 from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Model
 from vissl_like.core import parallel, rng
@@ -241,5 +241,6 @@ def test_rows_and_what_cannot_be_sharded(tmp_path: Path) -> None:
         """,
         size=3,
         folder=tmp_path,
+        imports=SHARDING,
     )
     assert all("weight 'temperature' is a single number" in output for output in outputs)

@@ -62,8 +62,8 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def make_run(run_dir: Path, *, engine: str = "train", **config: object) -> Path:
-    """A folder with what a short, finished training leaves behind."""
+def make_run(run_dir: Path, *, engine: str = "train", steps: int = 12, **config: object) -> Path:
+    """A folder with what a short, finished training leaves behind; `steps` 0: nothing that takes time to draw."""
     job = Job.model_validate({"engine_name": engine, "config": config}).model_dump(mode="json")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(job))
@@ -77,7 +77,7 @@ def make_run(run_dir: Path, *, engine: str = "train", **config: object) -> Path:
     write_json(run_dir / "results.json", {"test_top_1": 93.25, "train_loss": 0.5, "labels": list(range(40))})
     write_json(run_dir / "manifest.json", {"complete": True, "seconds": 83.0, "finished": "2026-01-02T03:04:05"})
     with (run_dir / "metrics.jsonl").open("w") as file:
-        for step in range(1, 13):
+        for step in range(1, steps + 1):
             line = {
                 "kind": "train",
                 "step": step,
@@ -87,7 +87,8 @@ def make_run(run_dir: Path, *, engine: str = "train", **config: object) -> Path:
                 "images_per_s": 100.0,
             }
             file.write(json.dumps(line) + "\n")
-        file.write(json.dumps({"kind": "test", "step": 12, "epoch": 2, "test_top_1": 93.25}) + "\n")
+        if steps:
+            file.write(json.dumps({"kind": "test", "step": steps, "epoch": steps / 6, "test_top_1": 93.25}) + "\n")
     return run_dir
 
 
@@ -197,8 +198,10 @@ ALLOWED_TAGS = frozenset(
 
 
 def test_a_pipeline_shows_its_table_and_its_stages(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, engine="pipeline", PIPELINE={"STAGES": [{"NAME": "teacher"}, {"NAME": "later"}]})
-    write_report(make_run(run_dir / "teacher"))
+    run_dir = make_run(
+        tmp_path, steps=0, engine="pipeline", PIPELINE={"STAGES": [{"NAME": "teacher"}, {"NAME": "later"}]}
+    )
+    write_report(make_run(run_dir / "teacher", steps=0))
     table = {"columns": ["", "linear"], "rows": [["raw <pixels>", 90.5], ["teacher", None]], "notes": ["One seed."]}
     write_json(run_dir / "table.json", table)
     page = Page(write_report(run_dir))
@@ -212,8 +215,8 @@ def test_a_pipeline_shows_its_table_and_its_stages(tmp_path: Path) -> None:
 
 def test_a_stage_says_whose_stage_it_is(tmp_path: Path) -> None:
     stage = {"NAME": "clusters", "RECIPE": "a/b", "CONFIG": {"CLUSTERFIT": {"NUM_CLUSTERS": 3}}}
-    run_dir = make_run(tmp_path / "chain", engine="pipeline", PIPELINE={"STAGES": [stage]})
-    make_clusters(make_run(run_dir / "clusters", engine="cluster_features"), labels=np.full(30, -1))
+    run_dir = make_run(tmp_path / "chain", steps=0, engine="pipeline", PIPELINE={"STAGES": [stage]})
+    make_clusters(make_run(run_dir / "clusters", steps=0, engine="cluster_features"), labels=np.full(30, -1))
     page = Page(write_report(run_dir / "clusters"))
     assert "../report.html" in page.attributes("a", "href")
     text = " ".join(page.text)
@@ -263,7 +266,7 @@ def make_clusters(run_dir: Path, *, labels: np.ndarray, images: int = 6) -> None
 
 @pytest.mark.parametrize("is_labelled", [True, False])
 def test_clusters_are_shown(tmp_path: Path, is_labelled: bool) -> None:
-    run_dir = make_run(tmp_path, engine="cluster_features")
+    run_dir = make_run(tmp_path, steps=0, engine="cluster_features")
     make_clusters(run_dir, labels=np.arange(30) % 3 if is_labelled else np.full(30, -1))
     write_json(run_dir / "results.json", {"nmi": 46.55, "num_clusters": 3} if is_labelled else {"num_clusters": 3})
     page = Page(write_report(run_dir))
@@ -277,14 +280,14 @@ def test_clusters_are_shown(tmp_path: Path, is_labelled: bool) -> None:
 
 
 def test_clusters_without_images_have_no_montage(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path)
+    run_dir = make_run(tmp_path, steps=0)
     make_clusters(run_dir, labels=np.full(30, -1), images=0)
     assert "Clusters" in Page(write_report(run_dir)).headings
     assert not (run_dir / "figures" / "cluster_montage.png").exists()
 
 
 def test_evaluation_has_a_row_per_layer_and_protocol(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, engine="evaluate")
+    run_dir = make_run(tmp_path, steps=0, engine="evaluate")
     values = {"linear_top1_res4": 91.5, "linear_top5_res4": 99.0, "linear_total_res4": 1200, "linear_c_res4": 0.1}
     write_json(run_dir / "results.json", values | {"knn_20_top1": 80.25, "low_shot_10_top1_res4": 70.0})
     text = " ".join(Page(write_report(run_dir)).text)
@@ -293,7 +296,7 @@ def test_evaluation_has_a_row_per_layer_and_protocol(tmp_path: Path) -> None:
 
 
 def test_weights_are_listed(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path)
+    run_dir = make_run(tmp_path, steps=0)
     tensor = {"status": "remapped", "model": "trunk.a", "file": "module.a", "model_shape": [3, 4], "file_shape": [3, 4]}
     share = {"loaded": 12, "total": 12, "share": 1.0}
     report = {"source": "w.pth", "trunk": share, "heads": {"loaded": 0, "total": 0, "share": 1.0}}
@@ -338,7 +341,7 @@ def draw_parts(run_dir: Path, *, epoch: int, batch: int) -> None:
 
 
 def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "eval", engine="evaluate_parts")
+    run_dir = make_run(tmp_path / "eval", steps=0, engine="evaluate_parts")
     found = {
         "nmi": 47.25,
         "random_nmi": 11.0,
@@ -367,7 +370,7 @@ def test_parts_show_the_newest_maps_and_what_they_are_worth(tmp_path: Path) -> N
 
 
 def test_what_each_part_is_worth_to_stage_2(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "eval", engine="evaluate_parts")
+    run_dir = make_run(tmp_path / "eval", steps=0, engine="evaluate_parts")
     found = {"test_top_1": 80.0, "test_worst_group": 60.0, "without_0_top_1": 71.5, "without_0_worst_group": 40.0}
     write_json(run_dir / "results.json", {**found, "without_1_0_top_1": 85.0, "without_1_0_top_1_stage_1": 1.0})
     page = Page(write_report(run_dir))
@@ -383,9 +386,11 @@ def test_what_each_part_is_worth_to_stage_2(tmp_path: Path) -> None:
 
 def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:
     stages = {"STAGES": [{"NAME": "train"}, {"NAME": "measure_epoch_0"}, {"NAME": "measure"}]}
-    run_dir = make_run(tmp_path / "whole", engine="pipeline", PIPELINE=stages)
-    draw_parts(make_run(run_dir / "train"), epoch=8, batch=0)
-    before, measured = (make_run(run_dir / name, engine="evaluate_parts") for name in ("measure_epoch_0", "measure"))
+    run_dir = make_run(tmp_path / "whole", steps=0, engine="pipeline", PIPELINE=stages)
+    draw_parts(make_run(run_dir / "train", steps=0), epoch=8, batch=0)
+    before, measured = (
+        make_run(run_dir / name, steps=0, engine="evaluate_parts") for name in ("measure_epoch_0", "measure")
+    )
     write_json(before / "results.json", {"ari": 21.0})
     write_json(measured / "results.json", {"ari": 30.0, "test_top_1": 55.0, "test_macro_top_1": 54.0})
     page = Page(write_report(run_dir))
@@ -398,6 +403,6 @@ def test_a_pipelines_parts_are_those_of_its_last_stages(tmp_path: Path) -> None:
 
 
 def test_an_nmi_of_clusters_is_none_of_parts(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, engine="cluster_features")
+    run_dir = make_run(tmp_path, steps=0, engine="cluster_features")
     write_json(run_dir / "results.json", {"nmi": 50.0, "ari": 30.0, "purity": 60.0})
     assert "Parts" not in Page(write_report(run_dir)).headings

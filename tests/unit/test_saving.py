@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.test_distributed import ROOT, run_ranks
+from tests.unit.test_distributed import ROOT, SHARDING, run_ranks
 from vissl_like.core import checkpoint
 from vissl_like.core.saving import HostCopies, Saver
 from vissl_like.errors import DataError
@@ -210,6 +210,6 @@ def test_a_failure_of_one_process_is_an_error_of_all(tmp_path: Path) -> None:
             assert torch.equal(parallel.whole(value), expected[name]) and torch.equal(saved.model_state()[name], expected[name])
         distributed.shutdown()
         """
-    outputs = run_ranks(code, size=2, folder=tmp_path)
+    outputs = run_ranks(code, size=2, folder=tmp_path, imports=SHARDING)
     assert outputs == ["1 saved\n2 True [1]\n3 saved\n"] * 2
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["last", "step_00000001", "step_00000003"]

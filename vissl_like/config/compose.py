@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,25 +260,38 @@ def merge(trees: dict[str, dict[str, Any]], *, recipe: str | None, presets: Sequ
 
 
 def _merge(trees: dict[str, dict[str, Any]], recipe: str | None, presets: Sequence[str]) -> dict[str, Any]:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=schema.defaults(), package="_global_")
-    store.store(name="primary", node=yaml.safe_load((packaged_configs() / "defaults.yaml").read_text(encoding="utf-8")))
-    for name, tree in trees.items():
-        group, _, option = f"config/{name}".rpartition("/")
-        store.store(group=group, name=option, node=tree, package="_global_")
     wanted = [f"config={_hydra_name(recipe)}"] if recipe else []
     # Hydra takes one option of a group only; each preset gets a group of its own, so that any may be combined.
-    for number, preset in enumerate(presets):
-        store.store(group=f"preset_{number}", name="chosen", node=trees[preset], package="_global_")
-        wanted.append(f"+preset_{number}=chosen")
+    wanted += [f"+preset_{number}=chosen" for number in range(len(presets))]
     try:
-        with initialize(version_base="1.3", config_path=None):
+        with _stored(trees, presets), initialize(version_base="1.3", config_path=None):
             composed = hydra_compose("primary", overrides=wanted)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join([recipe or '', *presets])}: these do not go together: {error}") from error
     result = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
+
+
+@contextmanager
+def _stored(trees: dict[str, dict[str, Any]], presets: Sequence[str]) -> Iterator[None]:
+    """Hydra's store with these recipes, for one merge: Hydra copies all that is stored each time it composes."""
+    store = ConfigStore.instance()
+    kept = store.repo
+    store.repo = {name: node for name, node in kept.items() if name != "config"}
+    try:
+        store.store(name="schema", node=schema.defaults(), package="_global_")
+        store.store(
+            name="primary", node=yaml.safe_load((packaged_configs() / "defaults.yaml").read_text(encoding="utf-8"))
+        )
+        for name, tree in trees.items():
+            group, _, option = f"config/{name}".rpartition("/")
+            store.store(group=group, name=option, node=tree, package="_global_")
+        for number, preset in enumerate(presets):
+            store.store(group=f"preset_{number}", name="chosen", node=trees[preset], package="_global_")
+        yield
+    finally:
+        store.repo = kept
 
 
 def _hydra_name(name: str) -> str:

@@ -5,6 +5,7 @@ B images, D width, h w grid of cells, n = h*w patch tokens, P prefix tokens (cla
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -220,18 +221,24 @@ def refuse_stride(output_stride: int) -> None:
         )
 
 
+@functools.cache
+def _is_timm_transformer(name: str) -> bool:
+    """Whether timm builds a Vision Transformer under this name; seen from one without memory, once in a process."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.device("meta"):
+        return isinstance(libraries.build(name, {})[0], VisionTransformer)
+
+
 def _timm_trunk(
     section: TrunkSection, name: str, *, image_size: int | tuple[int, int] | None, drop_path: float, output_stride: int
 ) -> MapTrunk | TokenTrunk:
     from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import VisionTransformer
 
     options: dict[str, Any] = {"global_pool": ""} | section.OPTIONS
-    with torch.device("meta"):
-        is_transformer = isinstance(libraries.build(section.NAME, options)[0], VisionTransformer)
     if drop_path:
         options = {"drop_path_rate": drop_path} | options
-    if not is_transformer:
+    if not _is_timm_transformer(section.NAME):
         stride = {"output_stride": output_stride} if output_stride != 32 else {}
         backbone, adapter = libraries.build(section.NAME, stride | options)
         if hasattr(backbone, "prune_intermediate_layers"):
