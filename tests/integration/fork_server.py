@@ -66,7 +66,10 @@ def answer(client: socket.socket) -> None:
 def serve(path: str) -> None:
     import torchvision.transforms.v2  # noqa: F401
 
-    import vissl_like.engines.train  # noqa: F401
+    import vissl_like.config.check
+    import vissl_like.engines.train
+    import vissl_like.launch.local
+    import vissl_like.launch.verbs  # noqa: F401
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
