@@ -3,9 +3,9 @@
     python fork_server.py SOCKET        ends when its stdin is closed
 
 A client (forks.py, or the command of forks.write_command) connects to the socket and sends its stdin, stdout and stderr
-with one JSON line: {argv, cwd, env, and kill_after_s for a run that is killed after so many seconds, with all processes
-that it has started}. The answer is the exit code (negative: the signal that killed it). This process itself never
-computes anything, which makes forking it safe.
+with one JSON line: {argv, cwd, env, and if wanted program: a Python file in place of the command line, and kill_after_s:
+seconds after which the run is killed, with all processes that it has started}. The answer is the exit code (negative:
+the signal that killed it). This process itself never computes anything, which makes forking it safe.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -33,7 +34,11 @@ def run(request: dict[str, Any]) -> int:
     from vissl_like.launch.main import main
 
     try:
-        return main(request["argv"])
+        if "program" not in request:
+            return main(request["argv"])
+        sys.argv = [request["program"], *request["argv"]]
+        runpy.run_path(request["program"], run_name="__main__")
+        return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -18,6 +18,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+#: Seconds after which a run counts as hanging.
+PATIENCE_S = 600
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,24 @@ def run_ranks(
     ranks: int = 1,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
+    program: Path | None = None,
     kill_after_s: Sequence[float] = (),
 ) -> list[Ended]:
     """Run the command as so many ranks, started as torchrun does, to their ends. `env`: further variables.
 
-    `kill_after_s`: when each rank is killed, with all processes that it has started.
+    `program`: a Python file in place of the command line. `kill_after_s`: when each rank is killed, with all processes
+    that it has started.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(ranks)]
         clients = []
         for rank, place in enumerate(_places(ranks)):
-            request = {"argv": list(argv), "cwd": str(cwd), "env": {**os.environ, **place, **(env or {})}}
+            request: dict[str, Any] = {
+                "argv": list(argv),
+                "cwd": str(cwd),
+                "env": {**os.environ, **place, **(env or {})},
+            }
+            request |= {"program": str(program)} if program else {}
             request |= {"kill_after_s": kill_after_s[rank]} if kill_after_s else {}
             with open(os.devnull) as stdin, open(outputs[rank][0], "wb") as out, open(outputs[rank][1], "wb") as error:
                 clients.append(_send(request, [stdin.fileno(), out.fileno(), error.fileno()]))
@@ -72,6 +81,7 @@ sys.exit(code if code >= 0 else 128 - code)
 
 def _send(request: dict[str, Any], streams: list[int]) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
+    client.settimeout(PATIENCE_S)
     client.connect(str(_server()))
     socket.send_fds(client, [json.dumps(request).encode() + b"\n"], streams)
     return client
