@@ -14,11 +14,12 @@ from tests.integration.forks import Ended, run_ranks
 NUM_CLUSTERS = 4
 
 
-def _run(workdir: Path, *overrides: str, expected: int = 0) -> Ended:
-    """The command in a fork; that it runs in a process of its own, test_docs_run.py shows."""
-    (done,) = run_ranks(overrides, cwd=workdir)
-    assert done.returncode == expected, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
+def _run(workdir: Path, *overrides: str, ranks: int = 1, expected: int = 0) -> Ended:
+    """The command in forks; that it runs in a process of its own and starts others, test_docs_run.py shows."""
+    ended = run_ranks(overrides, cwd=workdir, ranks=ranks)
+    for done in ended:
+        assert done.returncode == expected, done.stdout[-4000:] + done.stderr[-4000:]
+    return ended[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def _step1(workdir: Path, photos: Path, weights: Path, processes: int) -> Path:
         "config.DATA.NUM_DATALOADER_WORKERS=0",
         f"config.DISTRIBUTED.NUM_PROC_PER_NODE={processes}",
         "config.MACHINE.DEVICE=cpu",
+        ranks=processes,
     )
     return workdir / "runs/pretrain/clusterfit/cluster_features_resnet_8gpu_rotation_in1k/clusters"
 
