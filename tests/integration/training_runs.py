@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.forks import Ended, run_ranks
+
 TIMES = ("images_per_s", "data_wait_share")
 
 #: 48 images, 6 steps an epoch, random crops, dropout in the head, momentum, an average of the weights.
@@ -33,60 +27,13 @@ SMALL = [
 ]
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def launch(run_dir: Path, *overrides: str, env: dict[str, str] | None = None, ranks: int = 1) -> Ended:
     """Run SMALL with these overrides, to its end; `env`: further environment variables (see kill_plugin).
 
     With several ranks, they are started as torchrun does; the result is that of the first one that failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        argv = [*SMALL, *overrides, f"config.RUN.DIR={run_dir}"]
-        output = [
-            {name: os.path.join(folder, f"{name}{rank}") for name in ("stdout", "stderr")} for rank in range(ranks)
-        ]
-        for rank, environment in enumerate(_environments(ranks)):
-            process = _server(rank)
-            assert process.stdin is not None
-            request = {"argv": argv, "env": {**environment, **(env or {})}, **output[rank]}
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        codes = [int(_server(rank).stdout.readline()) for rank in range(ranks)]  # type: ignore[union-attr]
-        number = next((rank for rank, code in enumerate(codes) if code), 0)
-        text = {name: Path(file).read_text(errors="replace") for name, file in output[number].items()}
-        return Ended(codes[number], text["stdout"], text["stderr"])
-
-
-def _environments(ranks: int) -> list[dict[str, str]]:
-    """What torchrun would tell each rank."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return [{**place, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-@functools.cache
-def _server(number: int) -> subprocess.Popen[str]:
-    """A process that runs are forked from; it ends when its stdin is closed, with this process."""
-    paths = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    ended = run_ranks([*SMALL, *overrides, f"config.RUN.DIR={run_dir}"], ranks=ranks, env=env)
+    return next((one for one in ended if one.returncode), ended[0])
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integration.training_runs import Ended, launch
+from tests.integration.forks import Ended
+from tests.integration.training_runs import launch
 
 #: Three blocks of width 30 (which no two processes share evenly), stochastic depth, dropout, clipping, an average.
 VIT = [

@@ -34,9 +34,8 @@ def _neighbours() -> frozenset[tuple[str, str]]:
 _NEIGHBOURS = _neighbours()
 
 
+@lru_cache(maxsize=4096)
 def _substitution(a: str, b: str) -> float:
-    if a == b:
-        return 0.0
     a, b = a.lower(), b.lower()
     if a == b:
         return _CASE
@@ -57,7 +56,8 @@ def distance(a: str, b: str) -> float:
     for i, x in enumerate(a, 1):
         before, last, row = row, before, [float(i)]
         for j, y in enumerate(b, 1):
-            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + _substitution(x, y))
+            substituted = before[j - 1] + (0.0 if x == y else _substitution(x, y))
+            best = min(before[j] + 1, row[j - 1] + 1, substituted)
             if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
                 best = min(best, last[j - 2] + 1)
             row.append(best)
@@ -104,6 +104,7 @@ def nearest_paths(path: Sequence[str], known: Iterable[Path], *, limit: int = 3)
     return [(one[0], _with_indices(typed, one[-1])) for one in scored[:limit]]
 
 
+@lru_cache(maxsize=65536)
 def _component_distance(typed: str, known: str) -> float:
     if known == "*":
         return 0.0 if typed.isdigit() else FAR
