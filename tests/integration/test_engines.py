@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from PIL import Image
 
 from vissl_like.analysis.features import FeatureStore
 from vissl_like.config.schema import Job
+from vissl_like.core.saving import Saver
 from vissl_like.data.dataset import build_dataset
 from vissl_like.errors import ConfigError, DataError
 from vissl_like.models.zoo import build_model
@@ -185,8 +188,44 @@ def test_ranks_change_no_bit(images: Path, alone: Path, tmp_path: Path, ranks: i
 def test_a_late_rank_writes_its_own_part(images: Path, alone: Path, tmp_path: Path) -> None:
     """It once took its share of what the first had left, instead of its share of all, and blocks were missing."""
     extraction, run_dir = jobs_of_all_engines(images, tmp_path)[0]
-    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="LATE") == [0, 0]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="write_late") == [0, 0]
     assert digests(run_dir) == digests(alone / run_dir.name)
+
+
+def test_all_ranks_read_the_same_save_of_a_training_that_goes_on(images: Path, tmp_path: Path) -> None:
+    """Each once took the newest that it saw, and the features of one file came from several models."""
+    changes = {"MODEL__TRUNK": THREAD_SENSITIVE, "DATA__TEST__DATA_SOURCES": []}
+    for step in (1, 2):
+        torch.manual_seed(step)
+        model = build_model(job("extract_features", images, **changes).config.MODEL, num_classes=3, image_size=(24, 24))
+        with contextlib.closing(Saver(tmp_path / "weights", keep=2, in_background=False)) as saver:
+            saver.save(step=step, model_state=model.state_dict(), training_state={})
+    saves = tmp_path / "weights" / "checkpoints"
+
+    def extraction(weights: Path) -> Job:
+        return job("extract_features", images, MODEL__WEIGHTS_INIT={"PARAMS_FILE": str(weights)}, **changes)
+
+    known = []
+    for step in (1, 2):
+        run(extraction(saves / f"step_{step:08d}"), tmp_path / f"of_{step}")
+        known.append(digests(tmp_path / f"of_{step}"))
+    (saves / "step_00000002").rename(saves / "later")
+    both = (extraction(tmp_path / "weights"), tmp_path / "both")
+    assert run_ranks([both], tmp_path, ranks=2, how="read_newer") == [0, 0]
+    assert known[0] != known[1] and digests(tmp_path / "both") in known
+
+
+def test_ranks_that_see_different_images_are_told_so(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """An image came while they looked; each rank once computed with its own rows."""
+    shutil.copytree(images, tmp_path / "images")
+    extraction = job("extract_features", tmp_path / "images", DATA__TEST__DATA_SOURCES=[])
+    assert run_ranks([(extraction, tmp_path / "run")], tmp_path, ranks=2, how="list_more") == [1, 1]
+    said = capfd.readouterr().err
+    assert said.count("DataError: config.DATA.TRAIN: the processes do not see the same images and labels: rank 0 on") == 2
+    assert "has 45 images" in said and "has 46 images" in said
+    assert not (tmp_path / "run" / "features").exists()
 
 
 def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
