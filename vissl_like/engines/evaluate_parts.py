@@ -25,7 +25,7 @@ from vissl_like.config.plan import make_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.evaluation import evaluate
-from vissl_like.core.on_main import on_main
+from vissl_like.core.on_main import apart, on_main
 from vissl_like.data.annotated import has_annotation, refuse_missing_annotations
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
@@ -220,7 +220,9 @@ class _Evaluation:
 
     def measured(self, make: Any, dataset: ImageDataset, protocols: Sequence[str]) -> Measured:
         assert self.framing is not None
-        return part_evaluation.measure(make(dataset), dataset, framing=self.framing, protocols=protocols).join()
+        with apart():
+            found = part_evaluation.measure(make(dataset), dataset, framing=self.framing, protocols=protocols)
+        return found.join()
 
     def floor_and_oracle(self) -> dict[str, float]:
         """What random maps and the annotated parts get."""
@@ -291,9 +293,10 @@ class _Evaluation:
         assert self.splits.train is not None
         num_parts = self.config.MODEL.PARTS.NUM_PARTS
         own, others = LogitHistogram(num_parts), LogitHistogram(num_parts, bits=_COARSE_BITS)
-        for _, maps, part_dot in self.maps(self.splits.train):
-            own.add(part_dot, maps)
-            others.add(part_dot, maps, own=False)
+        with apart():
+            for _, maps, part_dot in self.maps(self.splits.train):
+                own.add(part_dot, maps)
+                others.add(part_dot, maps, own=False)
         for histogram in (own, others):
             histogram.counts = distributed.all_reduce_sum(torch.from_numpy(histogram.counts)).numpy()
         on_main(
