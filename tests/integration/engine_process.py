@@ -23,7 +23,8 @@ def main() -> None:
     if how.startswith("SIG"):
         signal_while_writing(signal.Signals[how])
     elif how:
-        {"write_late": write_late, "read_newer": read_newer, "list_more": list_more}[how]()
+        named = (write_late, write_slowly, stop_last, read_newer, list_more, find_more)
+        next(change for change in named if change.__name__ == how)()
     distributed.start(device="cpu")
     for job, run_dir in json.loads(Path(sys.argv[1]).read_text()):
         run = resolve("engine", job["engine_name"], key="engine_name")
@@ -64,6 +65,32 @@ def write_late() -> None:
     features.FeatureWriter.__init__ = wait_and_start  # type: ignore[method-assign]
 
 
+def write_slowly() -> None:
+    """Ranks but the first take longer for a block than a collective operation may take."""
+    import datetime
+
+    import torch.distributed as dist
+
+    from vissl_like.analysis import features
+    from vissl_like.core import on_main
+
+    write, on_main.PULSE_S = features.FeatureWriter.write, 0.1
+
+    def wait_and_write(writer: features.FeatureWriter, block: int, *args: object, **options: object) -> None:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))
+        if block == len(writer.blocks) - 1:
+            time.sleep(4.0)
+        write(writer, block, *args, **options)  # type: ignore[arg-type]
+
+    features.FeatureWriter.write = wait_and_write  # type: ignore[method-assign, assignment]
+
+
+def stop_last() -> None:
+    """The last rank alone gets a signal."""
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        signal_while_writing(signal.SIGTERM)
+
+
 def read_newer() -> None:
     """While the first rank reads weights of the training `weights`, that goes on: the others begin when it has saved again."""
     from vissl_like.core import weights
@@ -96,6 +123,22 @@ def list_more() -> None:
         return found
 
     folder.list_folder = wait_and_look  # type: ignore[assignment]
+
+
+def find_more() -> None:
+    """The features of TEST come after the first rank has looked for them."""
+    from vissl_like.analysis import features
+
+    read, later = features.FeatureStore.open.__func__, Path("features/later")  # type: ignore[attr-defined]
+
+    def read_and_wait(kind: type, folder: Path, split: str, layer: str = "") -> object:
+        found = read(kind, folder, split, layer)
+        if split == "TRAIN" and os.environ["RANK"] != "0":
+            time.sleep(1.0)
+            later.rename(later.with_name("TEST"))
+        return found
+
+    features.FeatureStore.open = classmethod(read_and_wait)  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

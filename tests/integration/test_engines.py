@@ -192,6 +192,25 @@ def test_a_late_rank_writes_its_own_part(images: Path, alone: Path, tmp_path: Pa
     assert digests(run_dir) == digests(alone / run_dir.name)
 
 
+def test_ranks_wait_for_a_slow_one(images: Path, alone: Path, tmp_path: Path) -> None:
+    """They once gave up when its part took longer by more than config.DISTRIBUTED.TIMEOUT_S."""
+    extraction, run_dir = jobs_of_all_engines(images, tmp_path)[0]
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="write_slowly") == [0, 0]
+    assert digests(run_dir) == digests(alone / run_dir.name)
+
+
+def test_a_signal_to_one_rank_stops_the_extraction_of_all(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The others once went on to the end, and then missed the one that had stopped."""
+    [(extraction, run_dir), *_] = jobs_of_all_engines(images, tmp_path)
+    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="stop_last") == [1, 1]
+    said = capfd.readouterr().err
+    assert "Stopped: SIGTERM: extraction stopped; what is done is kept." in said
+    assert "Stopped: a signal to another process: extraction stopped; what is done is kept." in said
+    assert not np.load(run_dir / "features" / "TRAIN" / "done.npy").all()
+
+
 def test_all_ranks_read_the_same_save_of_a_training_that_goes_on(images: Path, tmp_path: Path) -> None:
     """Each once took the newest that it saw, and the features of one file came from several models."""
     changes = {"MODEL__TRUNK": THREAD_SENSITIVE, "DATA__TEST__DATA_SOURCES": []}
@@ -226,6 +245,16 @@ def test_ranks_that_see_different_images_are_told_so(
     assert said.count("DataError: config.DATA.TRAIN: the processes do not see the same images and labels: rank 0 on") == 2
     assert "has 45 images" in said and "has 46 images" in said
     assert not (tmp_path / "run" / "features").exists()
+
+
+def test_all_ranks_cluster_the_same_splits(images: Path, alone: Path, tmp_path: Path) -> None:
+    """Features of TEST that came while the ranks looked for them were once awaited by some of them only."""
+    shutil.copytree(alone / "extract" / "features", tmp_path / "features")
+    (tmp_path / "features" / "TEST").rename(tmp_path / "features" / "later")
+    features = {"PATH": str(tmp_path / "features"), "LAYER_NAME": "flatten"}
+    clusters = job("cluster_features", images, CLUSTERFIT__FEATURES=features)
+    assert run_ranks([(clusters, tmp_path / "run")], tmp_path, ranks=2, how="find_more") == [0, 0]
+    assert not any(file.name.startswith("toy_test") for file in (tmp_path / "run" / "clusters").iterdir())
 
 
 def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
