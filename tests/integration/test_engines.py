@@ -242,7 +242,9 @@ def test_ranks_that_see_different_images_are_told_so(
     extraction = job("extract_features", tmp_path / "images", DATA__TEST__DATA_SOURCES=[])
     assert run_ranks([(extraction, tmp_path / "run")], tmp_path, ranks=2, how="list_more") == [1, 1]
     said = capfd.readouterr().err
-    assert said.count("DataError: config.DATA.TRAIN: the processes do not see the same images and labels: rank 0 on") == 2
+    assert (
+        said.count("DataError: config.DATA.TRAIN: the processes do not see the same images and labels: rank 0 on") == 2
+    )
     assert "has 45 images" in said and "has 46 images" in said
     assert not (tmp_path / "run" / "features").exists()
 

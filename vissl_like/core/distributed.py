@@ -137,7 +137,9 @@ def disagreement(mine: str) -> str:
     other = next((rank for rank, (text, _) in enumerate(seen) if text != seen[0][0]), None)
     if other is None:
         return ""
-    return ", ".join(f"rank {rank} on {host} has {text}" for rank, (text, host) in enumerate(seen) if rank in (0, other))
+    return ", ".join(
+        f"rank {rank} on {host} has {text}" for rank, (text, host) in enumerate(seen) if rank in (0, other)
+    )
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
