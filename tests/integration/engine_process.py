@@ -1,4 +1,4 @@
-"""One rank of some engine runs, for test_engines.py and test_late_ranks.py: python engine_process.py jobs.json [a signal, or a function below]
+"""One rank of some engine runs for tests beside it: python engine_process.py jobs.json [a signal, or a function below]
 
 jobs.json: [[job, run folder], ...]; RANK, WORLD_SIZE, ... come from the environment. With a signal the process sends it to
 itself before the third block of features that it writes. Of the functions each lets ranks see different states of a file.
