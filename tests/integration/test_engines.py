@@ -28,8 +28,11 @@ TRANSFORMS = [{"name": "Resize", "size": [24, 24]}, {"name": "ToTensor"}]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def write_images(root: Path) -> Path:
     """train: 45 images, equal names in each class, one unreadable; test: 24 images."""
-    root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 15), ("test", 8)):
         for c, name in enumerate(CLASSES):
@@ -157,13 +160,6 @@ def test_ranks_change_no_bit(images: Path, alone: Path, tmp_path: Path, ranks: i
         assert digests(run_dir) == digests(expected), run_dir.name
         assert stable(results_of(run_dir)) == stable(results_of(expected))
     assert (tmp_path / "extract" / "bad_images.txt").read_text() == (alone / "extract" / "bad_images.txt").read_text()
-
-
-def test_a_late_rank_writes_its_own_part(images: Path, alone: Path, tmp_path: Path) -> None:
-    """It once took its share of what the first had left, instead of its share of all, and blocks were missing."""
-    extraction, run_dir = jobs_of_all_engines(images, tmp_path)[0]
-    assert run_ranks([(extraction, run_dir)], tmp_path, ranks=2, how="LATE") == [0, 0]
-    assert digests(run_dir) == digests(alone / run_dir.name)
 
 
 def test_an_error_of_the_main_rank_ends_all_ranks(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

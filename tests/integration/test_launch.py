@@ -177,6 +177,63 @@ def test_a_folder_in_use_is_refused(workplace: Path, capsys: pytest.CaptureFixtu
     assert not (workplace / "a/.running").exists()
 
 
+MEANWHILE = """
+import sys, time
+from pathlib import Path
+from vissl_like.errors import ConfigError
+from vissl_like.launch import folder
+
+write = folder.write_json
+
+def write_late(*arguments):
+    time.sleep(0.5)
+    write(*arguments)
+
+folder.write_json = write_late
+print("ready", flush=True)
+input()
+try:
+    with folder.occupied(Path("a")):
+        print("in", flush=True)
+        input()
+except ConfigError as error:
+    print(error, flush=True)
+"""
+
+
+def test_of_two_starts_in_the_same_moment_one_gets_the_folder(workplace: Path) -> None:
+    """Both once looked before either had marked it."""
+    (workplace / "a").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEANWHILE],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    streams = [(one.stdin, one.stdout) for one in both if one.stdin is not None and one.stdout is not None]
+    assert [said.readline() for _, said in streams] == ["ready\n"] * 2
+    for told, _ in streams:
+        told.write("\n")
+    answers = [said.readline() for _, said in streams]
+    winner = answers.index("in\n")
+    assert f"another run is going on in this folder (process {both[winner].pid})" in answers[1 - winner]
+    for one in both:
+        one.communicate("\n")
+    assert not (workplace / "a/.running").exists()
+
+
+def test_the_mark_of_another_machine_stays(workplace: Path) -> None:
+    """A job that is queued again may begin elsewhere while this process is still ending."""
+    from vissl_like.launch import folder
+
+    elsewhere = {"pid": os.getpid(), "host": "another machine"}
+    with folder.occupied(workplace):
+        folder.write_json(workplace / ".running", elsewhere)
+    assert folder.read_json(workplace / ".running") == elsewhere
+
+
 def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("x")
     assert run("config.RUN.DIR=file") == 2

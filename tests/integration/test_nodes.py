@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,31 @@ def test_an_endpoint_where_another_program_listens(here: Host, tmp_path: Path) -
         command = here.start(tmp_path, *ENDINGS, *CPU, *wrong, "config.DISTRIBUTED.NODE_ID=1")
         ((code, _, error),) = outcomes([command])
     assert code == 2 and len(error.splitlines()) <= 2 and "nobody answered within 2 s" in error
+
+
+def test_another_machine_begins_when_it_sees_all_that_its_processes_read(tmp_path: Path) -> None:
+    """On a shared file system config.yaml may come into sight later than launch.json, which is written after it."""
+    from torch.distributed import TCPStore
+
+    from vissl_like.config.schema import Distributed, Job
+    from vissl_like.launch import folder
+    from vissl_like.launch.machine import Processes
+    from vissl_like.launch.nodes import Meeting, Session
+
+    job, processes = Job.model_validate({"engine_name": "train", "config": {}}), Processes("cpu", 1, 2)
+    options = Distributed(NUM_NODES=2, ENDPOINT=f"127.0.0.1:{free_port()}", JOIN_TIMEOUT_S=60)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = (
+        Session(Meeting(store, options, tmp_path, first=is_first), job, processes, tmp_path)
+        for is_first in (True, False)
+    )
+    files = [tmp_path / name for name in ("config.yaml", "plan.json")]
+    with first.leading():
+        folder.write_json(tmp_path / "launch.json", {"started": "now"})
+        first.offer()
+        threading.Timer(1.0, lambda: [file.touch() for file in files]).start()
+        with second.following() as ending:
+            assert ending is None and all(file.is_file() for file in files)
 
 
 def test_a_machine_that_never_comes(here: Host, tmp_path: Path) -> None:

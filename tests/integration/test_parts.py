@@ -86,6 +86,16 @@ def test_measures_and_pictures_do_not_depend_on_the_number_of_processes(
     assert all(word in page for word in ("random maps", "annotated parts", "mean position", "data:image/jpeg"))
 
 
+def test_a_process_without_images_takes_part(birds: Path, tmp_path: Path) -> None:
+    """All test images are one batch, which the second of two processes has."""
+    options = ["config.EVALUATE_PARTS={PROTOCOLS: [keypoints], BASELINES: true}"]
+    options += ["config.DATA.TEST.BATCHSIZE_PER_REPLICA=24"]
+    alone = run("toybirds_evaluate", tmp_path / "alone", birds, *options)
+    both = run("toybirds_evaluate", tmp_path / "both", birds, *options, ranks=2)
+    assert {"nmi", "random_nmi", "oracle_nmi"} <= set(alone)
+    assert both == pytest.approx(alone, rel=1e-6)
+
+
 def test_two_processes_train_as_one_with_the_batch_of_both(birds: Path, trained: Path, tmp_path: Path) -> None:
     """Every term is a mean over images but the presence of parts: by default, as in the original, each process must see
     every part, which asks for more than that they are seen in the whole batch.

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,25 @@ def test_threads_share_a_fetch_and_a_killed_one_leaves_nothing_wrong(server: Ser
     assert len(server.log()) == 1
     os.truncate(remote.file, 1000)  # a crash of the machine
     assert found.read(3) == png(ROWS - 12 + 3)
+
+
+def test_a_lock_holds_though_its_file_is_taken_away(tmp_path: Path) -> None:
+    """Of a cache folder that somebody empties, also a run that begins: it removes what was not used for a month."""
+    shared = Cache(str(tmp_path))
+    entered: list[bool] = []
+
+    def enter() -> None:
+        with shared.lock("shard.tar") as is_mine:
+            entered.append(is_mine)
+
+    waiting = threading.Thread(target=enter)
+    with shared.lock("shard.tar"):
+        waiting.start()
+        time.sleep(0.3)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    waiting.join()
+    assert entered == [True]
 
 
 def test_a_full_disk_names_folder_and_cure(server: Server, tmp_path: Path) -> None:

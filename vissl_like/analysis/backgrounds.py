@@ -21,6 +21,7 @@ from vissl_like.analysis.extraction import Batch, Call, Loading, outputs
 from vissl_like.analysis.rows import share, spans
 from vissl_like.config.schema import Config
 from vissl_like.core import distributed
+from vissl_like.core.on_main import apart
 from vissl_like.data.dataset import is_used
 from vissl_like.data.imagenet9 import NUM_CLASSES, ImageNet9Source, read_class_map
 from vissl_like.data.images import ImageDataset
@@ -117,7 +118,7 @@ class Backgrounds:
         dataset = _dataset(self.config, ImageNet9Source(_root(self.config), variant=variant))
         right: dict[str, int] = {}
         total = 0
-        with _closing(dataset):
+        with _closing(dataset), apart():
             batches = self.loading.batches(dataset, self._own_blocks(len(dataset)))
             for read, logits in outputs(
                 self.model, batches, self.call, to_input=dataset.device_transform, loading=self.loading
@@ -148,7 +149,7 @@ class Backgrounds:
         grounds = _dataset(
             self.config, ImageNet9Source(root, variant=self.config.EVALUATE_PARTS.BACKGROUNDS.ONLY_BACKGROUNDS)
         )
-        with _closing(objects), _closing(grounds):
+        with _closing(objects), _closing(grounds), apart():
             mine = self._objects(objects)
             standing = self._standing(mine, grounds)
         counts = torch.zeros(NUM_CLASSES, 2, dtype=torch.int64)  # all, unharmed

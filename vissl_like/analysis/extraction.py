@@ -27,7 +27,7 @@ from vissl_like.analysis.rows import each, share, spans
 from vissl_like.config.schema_data import ExtractFeatures
 from vissl_like.core import distributed, signals
 from vissl_like.core.evaluation import Arithmetic
-from vissl_like.core.on_main import on_main
+from vissl_like.core.on_main import apart, on_main
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import row_batches
 from vissl_like.errors import DataError
@@ -129,13 +129,18 @@ def extract(
         mine = pending[first:last]
         batches = loading.batches(dataset, [np.arange(*writer.blocks[block]) for block in mine])
         found = outputs(model, batches, trunk_features, to_input=dataset.device_transform, loading=loading)
-        with signals.listen() as stop, _stopped_by(stop, writer):
-            for done, (block, (read, features)) in enumerate(zip(mine, found, strict=True), 1):
-                writer.write(block, features, valid=read["valid"].numpy())
-                progress(done, len(mine))
-                if stop.requested:
-                    break
-        writer.close()
+        with signals.listen() as stop:
+            with apart(asked=lambda: stop.requested) as is_stopped, _closing(writer, stop):
+                for done, (block, (read, features)) in enumerate(zip(mine, found, strict=True), 1):
+                    writer.write(block, features, valid=read["valid"].numpy())
+                    progress(done, len(mine))
+                    if stop.requested or is_stopped():
+                        break
+            if is_stopped():
+                raise signals.stopped(
+                    f"{stop.name or 'a signal to another process'}: extraction stopped; what is done is kept. Start again "
+                    "to go on."
+                )
         rows_done = sum(stop - start for start, stop in (writer.blocks[block] for block in pending))
         dataset.write_bad_images()
     manifest = on_main(lambda: _finish(target, is_new=pending is not None))
@@ -145,8 +150,8 @@ def extract(
 
 
 @contextlib.contextmanager
-def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[None]:
-    """Raise Stopped at the end if a signal came, also if it has ended the loader's processes as well."""
+def _closing(writer: FeatureWriter, stop: signals.StopRequest) -> Iterator[None]:
+    """Close the writer at the end. A signal may have ended the loader's processes as well: that is no error then."""
     try:
         yield
     except (RuntimeError, DataError):
@@ -154,9 +159,7 @@ def _stopped_by(stop: signals.StopRequest, writer: FeatureWriter) -> Iterator[No
             with contextlib.suppress(DataError):  # the first error is the cause
                 writer.close()
             raise
-    if stop.requested:
-        writer.close()
-        raise signals.stopped(f"{stop.name}: extraction stopped; what is done is kept. Start again to go on.")
+    writer.close()
 
 
 def _finish(target: Path, *, is_new: bool) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vissl_like.core import distributed, parallel, state_format
+from vissl_like.core.on_main import on_main
 from vissl_like.core.state_format import Stored
 from vissl_like.errors import WeightsError
 
@@ -130,14 +131,17 @@ def newest(run_dir: Path) -> Saved | None:
 
 
 def load_model_state(path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """The weights of a run folder (its newest whole checkpoint) or of one checkpoint folder; `averaged`: the EMA's."""
+    """The weights of a run folder (its newest whole checkpoint) or of one checkpoint folder; `averaged`: the EMA's.
+
+    Every process calls it. Of a run folder the main one takes the newest for all: the run may be going on.
+    """
     if (path / MANIFEST).exists() and (path / MODEL).exists():
         damage = find_damage(path)
         if damage is not None:
             raise WeightsError(f"{path}: this checkpoint is damaged ({damage}). Use another step of the run.")
         saved: Saved | None = Saved(path=path, step=-1)
     else:
-        saved = newest(path.parent if path.name == FOLDER else path)
+        saved = on_main(lambda: newest(path.parent if path.name == FOLDER else path))
     if saved is None:
         raise WeightsError(f"{path}: there is no checkpoint here (expected {FOLDER}/step_*/{MODEL}).")
     state = saved.ema_state() if averaged else saved.model_state()

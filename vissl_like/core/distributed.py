@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,6 +124,22 @@ def broadcast_object(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def disagreement(mine: str) -> str:
+    """What the first process has, and what another one has instead of it; empty if all have the same. A collective call.
+
+    For what each process reads by itself: files change, and those of two machines differ, while processes read them.
+    """
+    if _world.size == 1:
+        return ""
+    seen = all_gather_object((mine, platform.node()))
+    other = next((rank for rank, (text, _) in enumerate(seen) if text != seen[0][0]), None)
+    if other is None:
+        return ""
+    return ", ".join(
+        f"rank {rank} on {host} has {text}" for rank, (text, host) in enumerate(seen) if rank in (0, other)
+    )
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Long work of the main process alone: k-means by faiss, a probe. The others wait without running into a timeout."""
+"""Long work of the main process alone (k-means by faiss, a probe), or of each by itself (its part of the features).
+
+Whoever waits for others meanwhile does not run into a timeout.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,45 @@ def on_main(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def apart(*, asked: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+    """What every process does by itself, however much longer it takes one than another; at the end all are through.
+
+    Yields whether one of them has been `asked` to stop: known to all within seconds, and at the end the same to all. The
+    block must not communicate. An error in it goes on at once; the others learn of it when they miss this process.
+    """
+    size = distributed.current().size
+    if size == 1:
+        yield asked
+        return
+    finished, failed = threading.Event(), threading.Event()
+    stopped, problems = threading.Event(), list[Exception]()
+
+    def beat() -> None:
+        through = 0
+        try:
+            while through < size and not failed.is_set():
+                finished.wait(PULSE_S)
+                mine = torch.tensor([finished.is_set(), asked()], dtype=torch.int64)
+                through, requests = distributed.all_reduce_sum(mine).tolist()
+                if requests:
+                    stopped.set()
+        except Exception as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=beat, name="apart", daemon=True)
+    thread.start()
+    try:
+        yield stopped.is_set
+    except BaseException:
+        failed.set()
+        raise
+    finished.set()
+    thread.join()
+    if problems:
+        raise problems[0]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vissl_like.config.schema_model import FeatureEval, WeightsInit
+from vissl_like.core import distributed
 from vissl_like.core.weights_files import WeightsFile, open_weights
 from vissl_like.core.weights_plan import (
     FILLED,
@@ -149,7 +150,7 @@ def _unpickle(path: Path) -> Any:
 def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval: FeatureEval) -> WeightsReport:
     """Fill the model from PARAMS_FILE and report; raises WeightsError, before anything is copied, if it does not fit.
 
-    On a model on the meta device everything is checked and nothing copied. Deterministic: every rank may call it.
+    On a model on the meta device everything is checked and nothing copied. Every rank calls it, and all get the same.
     """
     state = model.state_dict()
     if not options.PARAMS_FILE:
@@ -163,6 +164,7 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
     unpickle = _unpickle if options.ALLOW_UNSAFE else None
     file = _divided(open_weights(options.PARAMS_FILE, key_name=state_dict_key(options), unpickle=unpickle), options)
     rules = rules_of(options, default_append=BLOCKS if file.library else "")
+    _refuse_other_weights(file)
     notes = list(file.notes)
     if file.is_classy and (rules.remove or rules.append):
         notes.append("REMOVE_PREFIX and APPEND_PREFIX are not used on a classy_state_dict: its names are the model's")
@@ -178,6 +180,19 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
             state[row.model_key].copy_(_fitted(tensors[row.file_key], row, grid=loading.grids.get(row.model_key)))
     rows = plan.rows if tensors is file.tensors else _original_names(plan.rows, tensors, file.tensors)
     return WeightsReport(file.source, rows, plan.trunk, plan.heads, state_dict_path=file.path, notes=tuple(notes))
+
+
+def _refuse_other_weights(file: WeightsFile) -> None:
+    """Raise WeightsError, on every process, unless all of them have read the same."""
+    if distributed.current().size == 1:
+        return
+    different = distributed.disagreement(f"weights {_digest(file.tensors.items())[:8]}")
+    if different:
+        raise WeightsError(
+            f"{KEY}.PARAMS_FILE={file.source!r}: the processes have read different weights: {different}. The file was "
+            "written while they read it, or another one lies there on another machine. Start again with a file that stays "
+            "as it is and is the same everywhere."
+        )
 
 
 def _divided(file: WeightsFile, options: WeightsInit) -> WeightsFile:
@@ -416,8 +431,11 @@ def resample_positions(table: Tensor, *, prefix: int, grid: tuple[int, int], ali
 
 def fingerprint(model: nn.Module) -> str:
     """Hash of all weights: names, shapes, types and values. Equal weights on any device have equal fingerprints."""
+    return _digest(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    tensors = chain(model.named_parameters(), model.named_buffers())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
 SPLITS = ("TRAIN", "VAL", "TEST")
+#: Images whose paths are compared between processes.
+_COMPARED = 4096
 
 
 def is_used(data: Data, split: str) -> bool:
@@ -56,7 +59,7 @@ def build_dataset(
     class_names: list[str] | None = None,
     with_masks: bool = False,
 ) -> ImageDataset:
-    """The dataset of TRAIN, VAL or TEST.
+    """The dataset of TRAIN, VAL or TEST. Every process of a run calls it.
 
     `train`: it will be trained on, so it must have labels. `input_type`: MODEL.INPUT_TYPE. `run_dir`: where
     bad_images.txt goes. Named classes of VAL and TEST are numbered as in TRAIN (or by `class_names`), even if some are
@@ -83,7 +86,7 @@ def build_dataset(
             f"config.DATA.{split}: these images have no labels. Put each class into a folder of its own, or give "
             f"LABEL_PATHS, a transform that makes labels (ImgRotatePil), or LABEL_TYPE=zero or sample_index."
         )
-    return ImageDataset(
+    dataset = ImageDataset(
         source,
         views=views,
         labels=labels,
@@ -93,6 +96,32 @@ def build_dataset(
         max_bad_fraction=data.MAX_BAD_FRACTION,
         run_dir=run_dir,
     )
+    _refuse_other_images(dataset)
+    return dataset
+
+
+def _refuse_other_images(dataset: ImageDataset) -> None:
+    """Raise DataError, on every process, unless all of them see the same images in the same order, with the same labels."""
+    if distributed.current().size == 1:
+        return
+    different = distributed.disagreement(f"{len(dataset)} images ({_digest(dataset)})")
+    if different:
+        raise DataError(
+            f"config.DATA.{dataset.split}: the processes do not see the same images and labels: {different}. The folder "
+            "was being filled, its file system lags behind, or another machine has another copy of it. Start again when "
+            "all machines see the same."
+        )
+
+
+def _digest(dataset: ImageDataset) -> str:
+    """Of the labels and of at most some thousands of the paths: an image more or less moves all that follow it."""
+    digest = hashlib.blake2b(digest_size=4)
+    for row in range(0, len(dataset), max(1, len(dataset) // _COMPARED)):
+        digest.update(dataset.source.path(row).encode("utf-8", "surrogateescape") + b"\0")
+    if dataset.labels is not None:
+        digest.update(np.ascontiguousarray(dataset.labels).tobytes())
+    digest.update(repr(dataset.class_names).encode())
+    return digest.hexdigest()
 
 
 def augments_on_device(data: Data) -> bool:

@@ -75,7 +75,7 @@ class Cache:
                 return
             except OSError as error:  # a file system without locks: work may be done twice, nothing worse
                 _log.debug("%s: no locks there (%s)", self.folder, error)
-            os.utime(stream.name)
+            os.utime(stream.fileno())  # not by name: who empties the folder takes away this file, too
             yield True  # closing the file gives the lock back
 
     def fetch(self, url: str, *, check: Callable[[IO[bytes], str], T]) -> T:

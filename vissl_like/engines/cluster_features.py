@@ -169,7 +169,7 @@ def open_stores(config: Config, folder: Path) -> dict[str, FeatureStore]:
     stores: dict[str, FeatureStore] = {main: FeatureStore.open(folder, main, options.LAYER_NAME)}
     if not test or test == main:
         return stores
-    if not (folder / test).is_dir():
+    if not on_main(lambda: (folder / test).is_dir()):  # they may just be coming
         if distributed.is_main():
             log.info("no features of %s in %s: only %s gets labels", test, folder, main)
         return stores

@@ -29,7 +29,7 @@ from vissl_like.analysis.rows import MappedRows, Rows, share, unit
 from vissl_like.config.plan import usable_cores
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
-from vissl_like.core.on_main import on_main
+from vissl_like.core.on_main import apart, on_main
 from vissl_like.data.dataset import is_used
 from vissl_like.data.images import ImageDataset
 from vissl_like.engines.extract_features import extract_splits, loading_of
@@ -184,17 +184,18 @@ def measure_knn(config: Config, stores: Stores) -> dict[str, Any]:
                 log.warning("config.NEAREST_NEIGHBOR.TOPK: %d neighbours, but TRAIN has %d images", k, len(bank.labels))
         first, last = share(-(-len(queries.labels) // QUERY_ROWS), rank=world.rank, size=world.size)
         part = (first * QUERY_ROWS, min(last * QUERY_ROWS, len(queries.labels)))
-        rankings = knn_ranking(
-            _comparable(bank.rows, options.L2_NORM_FEATS),
-            bank.labels,
-            _comparable(queries.rows, options.L2_NORM_FEATS),
-            topk=options.TOPK,
-            sigma=options.SIGMA,
-            num_classes=int(max(bank.labels.max(), queries.labels.max())) + 1,
-            part=part,
-            device=world.device,
-            threads=loading.threads,
-        )
+        with apart():
+            rankings = knn_ranking(
+                _comparable(bank.rows, options.L2_NORM_FEATS),
+                bank.labels,
+                _comparable(queries.rows, options.L2_NORM_FEATS),
+                topk=options.TOPK,
+                sigma=options.SIGMA,
+                num_classes=int(max(bank.labels.max(), queries.labels.max())) + 1,
+                part=part,
+                device=world.device,
+                threads=loading.threads,
+            )
         for k, ranking in rankings.items():
             name = "knn" if len(options.TOPK) == 1 else f"knn_{k}"
             score = _summed(score_ranking(ranking, queries.labels[slice(*part)]))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vissl_like.analysis import part_evaluation, part_speed
 from vissl_like.analysis.backgrounds import Backgrounds, refuse_missing_folders, stand_in
-from vissl_like.analysis.extraction import Loading, outputs
+from vissl_like.analysis.extraction import Batch, Loading, outputs
 from vissl_like.analysis.part_evaluation import PROTOCOLS, Measured, framing_of
 from vissl_like.analysis.part_metrics import LogitHistogram
 from vissl_like.analysis.rows import share, spans
@@ -25,7 +25,7 @@ from vissl_like.config.plan import make_plan
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
 from vissl_like.core.evaluation import evaluate
-from vissl_like.core.on_main import on_main
+from vissl_like.core.on_main import apart, on_main
 from vissl_like.data.annotated import has_annotation, refuse_missing_annotations
 from vissl_like.data.dataset import build_dataset, is_used
 from vissl_like.data.images import ImageDataset
@@ -190,20 +190,22 @@ class _Evaluation:
     def maps(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         """(rows, maps, inner products) of this rank's batches."""
         blocks = self.blocks(dataset)
+        for rows, (read, found) in zip(blocks, self.outputs(dataset, blocks)):
+            maps = torch.from_numpy(found["maps"])
+            if dataset is self.test and not self.is_drawn:
+                self.drawing.draw(read["data"], maps, rows=rows.tolist(), epoch=0)
+            yield rows, maps, torch.from_numpy(found["part_dot"])
+        self.is_drawn = self.is_drawn or dataset is self.test
+
+    def outputs(self, dataset: ImageDataset, blocks: list[np.ndarray]) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """The batches of these blocks with what stage 1 says of them."""
 
         def call(model: Any, images: Tensor) -> dict[str, Tensor]:
             found = model.stage_one(images)
             return {"maps": found.maps, "part_dot": found.part_dot}
 
         batches = self.loading.batches(dataset, blocks)
-        for rows, (read, found) in zip(
-            blocks, outputs(self.model, batches, call, to_input=dataset.device_transform, loading=self.loading)
-        ):
-            maps = torch.from_numpy(found["maps"])
-            if dataset is self.test and not self.is_drawn:
-                self.drawing.draw(read["data"], maps, rows=rows.tolist(), epoch=0)
-            yield rows, maps, torch.from_numpy(found["part_dot"])
-        self.is_drawn = self.is_drawn or dataset is self.test
+        return outputs(self.model, batches, call, to_input=dataset.device_transform, loading=self.loading)
 
     def found(self, dataset: ImageDataset) -> Iterator[tuple[np.ndarray, Tensor]]:
         return ((rows, maps) for rows, maps, _ in self.maps(dataset))
@@ -218,17 +220,20 @@ class _Evaluation:
 
     def measured(self, make: Any, dataset: ImageDataset, protocols: Sequence[str]) -> Measured:
         assert self.framing is not None
-        return part_evaluation.measure(make(dataset), dataset, framing=self.framing, protocols=protocols).join()
+        with apart():
+            found = part_evaluation.measure(make(dataset), dataset, framing=self.framing, protocols=protocols)
+        return found.join()
 
     def floor_and_oracle(self) -> dict[str, float]:
         """What random maps and the annotated parts get."""
-        grid = next(maps.shape[2:] for _, maps in self.found(self.test))
+        [(_, first)] = self.outputs(self.test, [np.array([0])])  # a process may have no images of its own
+        grid = first["maps"].shape[2:]
         parts, seed = self.config.MODEL.PARTS.NUM_PARTS, self.config.SEED_VALUE
         framing = self.framing
         assert framing is not None
 
         def random(dataset: ImageDataset) -> Any:
-            return part_evaluation.random_maps(self.blocks(dataset), num_parts=parts, grid=tuple(grid), seed=seed)
+            return part_evaluation.random_maps(self.blocks(dataset), num_parts=parts, grid=grid, seed=seed)
 
         results = self.annotations("random_", random)
         if has_annotation(self.test.source, "part_masks"):
@@ -288,9 +293,10 @@ class _Evaluation:
         assert self.splits.train is not None
         num_parts = self.config.MODEL.PARTS.NUM_PARTS
         own, others = LogitHistogram(num_parts), LogitHistogram(num_parts, bits=_COARSE_BITS)
-        for _, maps, part_dot in self.maps(self.splits.train):
-            own.add(part_dot, maps)
-            others.add(part_dot, maps, own=False)
+        with apart():
+            for _, maps, part_dot in self.maps(self.splits.train):
+                own.add(part_dot, maps)
+                others.add(part_dot, maps, own=False)
         for histogram in (own, others):
             histogram.counts = distributed.all_reduce_sum(torch.from_numpy(histogram.counts)).numpy()
         on_main(

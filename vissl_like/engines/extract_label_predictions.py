@@ -15,6 +15,7 @@ from vissl_like.analysis.extraction import Loading, outputs
 from vissl_like.analysis.meters import MeterGroup, build_meters, ignored_target
 from vissl_like.config.schema import Config, Job
 from vissl_like.core import distributed, rng
+from vissl_like.core.on_main import apart
 from vissl_like.data.images import ImageDataset
 from vissl_like.data.loader import close_workers, eval_batches
 from vissl_like.data.order import eval_range
@@ -76,19 +77,20 @@ def predict_split(
     parts: dict[str, list[np.ndarray]] = {}
     meters: MeterGroup | None = None
     is_multi_label = dataset.labels is not None and dataset.labels.ndim == 2
-    for read, logits in _outputs_of(config, model, dataset, loading=loading):
-        if meters is None:
-            meters = meters_of(config, num_heads=len(logits))
-            _warn_of_other_classes(dataset, logits)
-        label, valid = read["label"], read["valid"]
-        if dataset.num_classes is not None:
-            meters.update([torch.from_numpy(value) for value in logits.values()], label, valid=valid)
-        parts.setdefault("targets", []).append(np.where(_like(valid.numpy(), label), label.numpy(), -1))
-        parts.setdefault("inds", []).append(read["index"].numpy())
-        for head, value in logits.items():
-            predictions, scores = decide(value, is_multi_label=is_multi_label)
-            parts.setdefault(f"{head}/predictions", []).append(predictions)
-            parts.setdefault(f"{head}/conf_scores", []).append(scores)
+    with apart():
+        for read, logits in _outputs_of(config, model, dataset, loading=loading):
+            if meters is None:
+                meters = meters_of(config, num_heads=len(logits))
+                _warn_of_other_classes(dataset, logits)
+            label, valid = read["label"], read["valid"]
+            if dataset.num_classes is not None:
+                meters.update([torch.from_numpy(value) for value in logits.values()], label, valid=valid)
+            parts.setdefault("targets", []).append(np.where(_like(valid.numpy(), label), label.numpy(), -1))
+            parts.setdefault("inds", []).append(read["index"].numpy())
+            for head, value in logits.items():
+                predictions, scores = decide(value, is_multi_label=is_multi_label)
+                parts.setdefault(f"{head}/predictions", []).append(predictions)
+                parts.setdefault(f"{head}/conf_scores", []).append(scores)
     dataset.write_bad_images()
     heads = max(distributed.all_gather_object(0 if meters is None else meters.num_heads))
     _write(parts, dataset, run_dir / "predictions" / dataset.split, num_heads=heads)

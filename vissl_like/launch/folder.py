@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import logging
 import os
 import platform
@@ -231,19 +232,33 @@ def _now() -> str:
 @contextlib.contextmanager
 def occupied(run_dir: Path) -> Iterator[None]:
     """Mark the folder as in use by this process; raises ConfigError if a living process of this machine uses it."""
-    mark = run_dir / OCCUPIED_FILE
-    known = read_json(mark)
-    pid = known.get("pid")
-    if isinstance(pid, int) and pid != os.getpid() and known == _identity(pid):
-        raise ConfigError(
-            f"config.RUN.DIR={str(run_dir)!r}: another run is going on in this folder (process {pid}). Wait for it, end "
-            "it, or choose another config.RUN.DIR."
-        )
-    write_json(mark, _identity(os.getpid()))
+    mark, mine = run_dir / OCCUPIED_FILE, _identity(os.getpid())
+    with _alone_in(run_dir):
+        known = read_json(mark)
+        pid = known.get("pid")
+        if isinstance(pid, int) and pid != os.getpid() and known == _identity(pid):
+            raise ConfigError(
+                f"config.RUN.DIR={str(run_dir)!r}: another run is going on in this folder (process {pid}). Wait for it, "
+                "end it, or choose another config.RUN.DIR."
+            )
+        write_json(mark, mine)
     try:
         yield
     finally:
-        mark.unlink(missing_ok=True)
+        with _alone_in(run_dir):
+            if read_json(mark) == mine:  # else another machine, which cannot see whether we live, has taken the folder
+                mark.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Between looking and marking nobody else does so: of two starts in the same moment one waits for the other."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks, or somebody has removed the folder
+            handle = os.open(run_dir, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _identity(pid: int) -> dict[str, Any]:

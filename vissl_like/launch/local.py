@@ -83,6 +83,7 @@ def _lead(job: Job, plan: Plan, run_dir: Path, info: LaunchInfo, session: Sessio
     is_continued = folder.is_run(run_dir) and not job.config.RUN.OVERWRITE
     folder.make(run_dir)
     with folder.occupied(run_dir):
+        folder.check_reuse(job, plan, run_dir)  # another run may have come and gone meanwhile
         folder.prepare(job, plan, run_dir, info)
         with logs.to_file(run_dir), _ended_by_signals():
             for note in info.notes:

@@ -29,6 +29,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from vissl_like import __version__
+from vissl_like.config.plan import PLAN_FILE
 from vissl_like.config.saved import differences, relevant
 from vissl_like.config.schema import Distributed, Job
 from vissl_like.errors import ConfigError
@@ -174,13 +175,18 @@ class Session:
                 "Start the same command with the same version on every machine."
             )
         patience = time.monotonic() + min(_CACHES_S, self.meeting.options.JOIN_TIMEOUT_S)
-        while folder.read_json(self.run_dir / folder.LAUNCH_FILE).get("started") != offer["started"]:
+        while not self._sees_folder(started=offer["started"]):
             if time.monotonic() > patience:
                 raise ConfigError(
                     f"config.RUN.DIR={str(self.run_dir)!r}: this machine ({platform.node()}) does not see what {first} "
                     "wrote there. Choose a folder on a file system that all machines share."
                 )
             time.sleep(_POLL_S)
+
+    def _sees_folder(self, *, started: str) -> bool:
+        """Whether all is there that the processes read; a shared file system shows files to other machines one by one."""
+        is_this_start = folder.read_json(self.run_dir / folder.LAUNCH_FILE).get("started") == started
+        return is_this_start and folder.is_run(self.run_dir) and (self.run_dir / PLAN_FILE).is_file()
 
     def wait_for_end(self) -> dict[str, Any]:
         """The results of the first machine, or its error as an exception."""
