@@ -188,6 +188,9 @@ def test_weights_of_a_run_folder_or_a_step(tmp_path: Path) -> None:
         checkpoint.load_model_state(tmp_path, averaged=True)
     with pytest.raises(WeightsError, match="no checkpoint here"):
         checkpoint.load_model_state(tmp_path / "elsewhere")
+    save(tmp_path / "chain" / "teacher", 10)
+    with pytest.raises(WeightsError, match="have some: .*/chain/teacher[.]$"):
+        checkpoint.load_model_state(tmp_path / "chain")
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_replacement_does_not_depend_on_workers_ranks_or_history(images: Path) -
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_rows_are_reported_in_evaluation_and_listed_once(images: Path, tmp_path: Path, workers: int) -> None:
+def test_bad_rows_are_reported_in_evaluation_and_listed_once(
+    images: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     dataset = build(images)
     valid = torch.cat([batch["valid"] for batch in eval_batches(dataset, batch=6, workers=workers, method="fork")])
     assert (~valid).nonzero().flatten().tolist() == sorted(BAD)
@@ -81,6 +83,10 @@ def test_bad_rows_are_reported_in_evaluation_and_listed_once(images: Path, tmp_p
     assert file == tmp_path / "bad_images.txt"
     first = file.read_text()
     dataset.write_bad_images(tmp_path)
+    said = (
+        f"config.DATA.TRAIN: {len(BAD)} of {COUNT} images cannot be read, others stand in for them; {file} lists them"
+    )
+    assert [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()] == [said]
     lines = first.splitlines()
     assert file.read_text() == first and lines[0].startswith("#") and len(lines) == 1 + len(BAD)
     assert f"TRAIN\t{images}/a/08.png\tempty file" in lines

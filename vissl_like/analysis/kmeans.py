@@ -22,7 +22,7 @@ from vissl_like.analysis.nearest import Precision, assign
 from vissl_like.analysis.rows import ArrayRows, Rows, SelectedRows, not_finite, original_row
 from vissl_like.analysis.seeding import faiss_seed, initial_rows, plus_plus_rows
 from vissl_like.config.plan import usable_cores
-from vissl_like.core import rng
+from vissl_like.core import distributed, rng
 from vissl_like.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def kmeans(
             f"config.CLUSTERFIT.NUM_CLUSTERS={k}: {what} have only {len(rows)} rows. "
             f"Use at most {len(rows)} clusters, or more images."
         )
-    if len(rows) < k * MIN_POINTS_PER_CENTROID:
+    if len(rows) < k * MIN_POINTS_PER_CENTROID and distributed.is_main():
         logger.warning(
             "%d rows for %d clusters: fewer than %d rows per cluster give poor centroids",
             len(rows), k, MIN_POINTS_PER_CENTROID,

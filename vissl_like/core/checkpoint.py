@@ -143,7 +143,9 @@ def load_model_state(path: Path, *, averaged: bool = False) -> dict[str, Tensor]
     else:
         saved = on_main(lambda: newest(path.parent if path.name == FOLDER else path))
     if saved is None:
-        raise WeightsError(f"{path}: there is no checkpoint here (expected {FOLDER}/step_*/{MODEL}).")
+        stages = sorted(str(folder.parent) for folder in path.glob(f"*/{FOLDER}"))
+        cure = f" The stages of a pipeline have some: {', '.join(stages)}." if stages else ""
+        raise WeightsError(f"{path}: there is no checkpoint here (expected {FOLDER}/step_*/{MODEL}).{cure}")
     state = saved.ema_state() if averaged else saved.model_state()
     if state is None:
         raise WeightsError(f"{saved.path}: no {EMA}; the run did not keep averaged weights (config.MODEL.EMA.ENABLED).")

@@ -24,6 +24,12 @@ def too_many(
     )
 
 
+def replaced(count: int, *, rows: int, split: str, list_file: Path | None) -> str:
+    """What is said of the bad images where there are few."""
+    where = f"; {list_file} lists them" if list_file else ""
+    return f"config.DATA.{split}: {count} of {rows} images cannot be read, others stand in for them{where}"
+
+
 def add_to_list(run_dir: Path, *, split: str, bad: Mapping[str, str]) -> Path | None:
     """Add one split's bad images to RUN.DIR/bad_images.txt, each image once; no file if there are none."""
     file = run_dir / FILE_NAME

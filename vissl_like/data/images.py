@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from vissl_like.data.sharding import Sharding
 from vissl_like.data.source import Source, encoded_row, fingerprint, sharding_of
 from vissl_like.data.views import DeviceTransform, TransformFailed, Views
 from vissl_like.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 64
 
@@ -72,6 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.num_classes, self.class_names = _classes_in_samples(labels, views)
         self._max_bad_fraction, self._run_dir = max_bad_fraction, run_dir
         self.bad: dict[int, str] = {}
+        self._num_known_bad = 0
         self._seen_bad: dict[int, str] = {}
         self.loaders: dict[Any, Any] = {}
 
@@ -298,6 +302,9 @@ class ImageDataset(torch.utils.data.Dataset):
         if folder is not None and distributed.is_main():
             file = badimages.add_to_list(Path(folder), split=self.split, bad=self._named(found))
         self._refuse_too_many(found)
+        if len(found) > self._num_known_bad and distributed.is_main():
+            _log.warning(badimages.replaced(len(found), rows=len(self), split=self.split, list_file=file))
+        self._num_known_bad = len(found)
         return file
 
 

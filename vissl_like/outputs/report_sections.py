@@ -158,7 +158,13 @@ def curves(run: RunFolder) -> Section | None:
             smooth=True,
             from_zero=True,
         ),
-        _curve(folder / "test.png", _main_lines(measured), x=x, y="metric", caption="Metrics after each epoch."),
+        _curve(
+            folder / "test.png",
+            _main_lines(measured),
+            x=x,
+            y=spaced(next(iter(measured))) if len(measured) == 1 else "metric",
+            caption="Metrics after each epoch.",
+        ),
     ]
     for key, y, caption in TRAIN_CURVES:
         line = lines_of(train, x=x, take=key.__eq__)
