@@ -87,8 +87,8 @@ def make_run(run_dir: Path, *, engine: str = "train", steps: int = 12, **config:
                 "images_per_s": 100.0,
             }
             file.write(json.dumps(line) + "\n")
-        if steps:
-            file.write(json.dumps({"kind": "test", "step": steps, "epoch": steps / 6, "test_top_1": 93.25}) + "\n")
+        for step in (steps // 2, steps) if steps else ():
+            file.write(json.dumps({"kind": "test", "step": step, "epoch": step / 6, "test_top_1": 93.25}) + "\n")
     return run_dir
 
 
@@ -112,6 +112,14 @@ def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     ):
         assert expected in text
     assert "vissl-like config=debug/x config.SEED_VALUE=3 'config.RUN.DIR=a b'" in text
+
+
+def test_one_test_at_the_end_is_no_curve(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, steps=2)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:2], lines[-1]]) + "\n")
+    write_report(run_dir)
+    assert (run_dir / "figures/loss.png").exists() and not (run_dir / "figures/test.png").exists()
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def curves(run: RunFolder) -> Section | None:
     loss.update(lines_of(epochs + tests, x=x, take=lambda key: "loss" in key))
     terms = lines_of(train, x=x, take=lambda key: key.startswith("loss_"))
     measured = lines_of(tests + epochs, x=x, take=lambda key: "loss" not in key and key not in NOT_PLOTTED)
+    if all(len(values) == 1 for _, values in measured.values()):  # one test at the end: the results say it better
+        measured = {}
     folder = run.path / "figures"
     drawn = [
         _curve(
@@ -162,7 +164,7 @@ def curves(run: RunFolder) -> Section | None:
             folder / "test.png",
             _main_lines(measured),
             x=x,
-            y=spaced(next(iter(measured))) if len(measured) == 1 else "metric",
+            y=spaced(*measured) if len(measured) == 1 else "metric",
             caption="Metrics after each epoch.",
         ),
     ]
