@@ -85,7 +85,7 @@ BRACES = st.recursive(
 
 
 @given(BRACES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_braces_as_the_library_expands_them(text: str) -> None:
     braceexpand = pytest.importorskip("braceexpand")
     assert list(expand_braces(text)) == list(braceexpand.braceexpand(text))

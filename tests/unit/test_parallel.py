@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ VIT = {
     "NAME": "timm/vit_tiny_patch16_224",
     "OPTIONS": {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2, "proj_drop_rate": 0.2},
 }
+RESNET = {"NAME": "resnet_small", "OPTIONS": {"widths": [8, 8]}}
 RECOMPUTE = {"ACTIVATION_CHECKPOINTING": {"USE_ACTIVATION_CHECKPOINTING": True}}
 
 
@@ -79,7 +81,7 @@ def course(model: VisionModel, steps: int = 3) -> tuple[list[float], dict[str, t
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("trunk", [VIT, {"NAME": "resnet_small"}], ids=["vit", "resnet"])
+@pytest.mark.parametrize("trunk", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("how", ["recompute", "compile", "both"])
 def test_same_bits_and_names(trunk: dict[str, Any], how: str) -> None:
     """aot_eager runs the same kernels; BatchNorm statistics move once per step although it is computed twice."""
@@ -143,6 +145,10 @@ class TwoBlocks(nn.Module):
 def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default backend writes C++ and compiles it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inductor = importlib.import_module("torch._inductor.config")  # one file: no headers, processes and trials for many
+    monkeypatch.setattr(inductor, "cpp_cache_precompile_headers", False)
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", False)
     model, x = TwoBlocks(), torch.randn(8, 4)
     with torch.no_grad():
         expected = model(x)
