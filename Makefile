@@ -29,10 +29,10 @@ demo: $(VENV)/.installed-demo
 	@echo "The report, for a browser: $(CURDIR)/$(DEMO_DIR)/report.html"
 
 # The files that wait most and last longest come first, so that short ones fill the end; as many tests wait for other
-# processes, there is one process more than two cores.
+# processes, there is one process more than two cores. Compiled modules are kept: tests start many interpreters.
 test: $(VENV)/.installed-dev network-tools
-	$(BIN)/python -m pytest tests/integration tests/unit tests/numerics --numprocesses $(TEST_PROCESSES) --dist loadfile \
-	  --no-loadscope-reorder --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests/integration tests/unit tests/numerics \
+	  --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --durations=10 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

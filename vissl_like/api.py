@@ -16,6 +16,7 @@ from vissl_like.core import checkpoint
 from vissl_like.core.weights import state_shapes
 from vissl_like.core.weights_export import export_state_dict
 from vissl_like.errors import DataError, WeightsError
+from vissl_like.files import read_yaml
 from vissl_like.models.vision_model import VisionModel
 from vissl_like.models.zoo import build_saved_model
 from vissl_like.outputs.writers import read_metrics
@@ -86,7 +87,7 @@ def _job(file: Path) -> Job:
     if not file.is_file():
         raise DataError(f"{file.parent}: not a run folder: it has no {file.name}.")
     try:
-        return Job.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Job.model_validate(read_yaml(file))
     except (yaml.YAMLError, ValidationError) as error:
         raise DataError(f"{file}: not a configuration of this version ({error}).") from error
 

@@ -30,6 +30,16 @@ def refusals_explained(place: Path) -> Iterator[None]:
         raise known from error
 
 
+def read_yaml(file: Path) -> Any:
+    """What a YAML file says. libyaml, where PyYAML has it, reads the same five times as quickly.
+
+    Raises OSError, UnicodeDecodeError and yaml.YAMLError.
+    """
+    import yaml
+
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 @contextlib.contextmanager
 def replacing(file: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A stream for the new content of `file`, which takes its place at once, and on the disk, when the block ends well.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tests.part_folders import write_dicom
 from vissl_like.config.schema_data import Data, Split, TrainSplit
+from vissl_like.data import toybirds
 from vissl_like.data.annotated import annotation
 from vissl_like.data.cub import WaterbirdsSource
 from vissl_like.data.dataset import build_dataset
@@ -82,9 +84,13 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, capsys: pyte
     assert read_tubes(tmp_path / "t.csv") == {"a": 1, "b": 0}
 
 
-def test_the_command_line_draws_and_prepares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_draws_and_prepares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = functools.partial(toybirds.write_waterbirds, counts=(8, 4, 4))
+    monkeypatch.setattr(toybirds, "write_waterbirds", few)
     assert main(["toy_waterbirds", str(tmp_path / "toy"), "--size", "16"]) == 0
-    assert len(WaterbirdsSource(tmp_path / "toy", split="TRAIN")) == 800
+    assert len(WaterbirdsSource(tmp_path / "toy", split="TRAIN")) == 8
     with pytest.raises(ConfigError, match="exists; name a new folder"):
         main(["toybirds", str(tmp_path / "toy")])
     with pytest.raises(ConfigError, match="--size -5: a bird needs at least 16 pixels"):

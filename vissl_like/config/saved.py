@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from vissl_like.config.recipes import flatten
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError
-from vissl_like.files import write_text
+from vissl_like.files import read_yaml, write_text
 
 CONFIG_FILE = "config.yaml"
 
@@ -82,7 +82,7 @@ def read_job(run_dir: Path) -> Job:
     """The job of a run folder."""
     file = run_dir / CONFIG_FILE
     try:
-        return Job.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Job.model_validate(read_yaml(file))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; {run_dir} is not a run folder.") from None
     except (OSError, yaml.YAMLError, ValidationError) as error:

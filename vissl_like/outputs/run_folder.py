@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vissl_like.files import read_yaml
 from vissl_like.outputs.writers import read_metrics
 
 REPORT_FILE = "report.html"
@@ -56,7 +57,7 @@ class RunFolder:
 
         file = self.path / "config.yaml"
         try:
-            return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
+            return read_yaml(file) or {} if file.is_file() else {}
         except yaml.YAMLError as error:
             self.damaged.append(f"config.yaml: {error}")
             return {}
