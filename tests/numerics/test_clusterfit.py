@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 
 from vissl_like.analysis.kmeans import KMeansResult, kmeans
 from vissl_like.analysis.nearest import assign
@@ -67,6 +66,8 @@ def in_their_coordinates(case: str, rows: Rows, *, training: bool) -> Rows:
 @pytest.mark.parametrize("case", CLUSTERINGS)
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_centroids_and_objective(case: str, backend: str) -> None:
+    from scipy.optimize import linear_sum_assignment
+
     result, centroids = run(case, backend), array(case, "centroids")
     distance = ((result.centroids[:, None] - centroids) ** 2).sum(2)
     ours, theirs = linear_sum_assignment(distance)
@@ -115,6 +116,8 @@ def test_labels_and_distances_of_the_original_files(case: str, split: str) -> No
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_whole_chain_agrees_after_matching(case: str, backend: str) -> None:
     """Normalise, project, cluster and assign all by ourselves: at least 99 % of the rows together as in the original."""
+    from scipy.optimize import linear_sum_assignment
+
     options = CASES[case]
     rows = prepared(case, "train")
     trained: Rows = ArrayRows(rows.take(array(case, "sampled_indices"))) if options["data_limit"] >= 0 else rows

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from vissl_like.analysis import part_metrics
 
@@ -47,6 +46,8 @@ def test_pixel_wise_clusters() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=60))
 def test_scores_of_a_table_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     found, annotated = np.array(pairs).T
     table = np.zeros((4, 5), dtype=np.int64)
     np.add.at(table, (found, annotated), 1)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from vissl_like.analysis.cluster_metrics import agreement
 
@@ -20,6 +19,8 @@ pairs = st.integers(1, 60).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(pairs)
 def test_equals_scikit_learn(pair: tuple[list[int], list[int]]) -> None:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     classes, clusters = map(np.array, pair)
     found = agreement(classes, clusters)
     assert found["nmi"] == pytest.approx(100 * normalized_mutual_info_score(classes, clusters), abs=1e-7)

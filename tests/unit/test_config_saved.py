@@ -4,11 +4,13 @@ import resource
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vissl_like.config.check import load_job
 from vissl_like.config.saved import config_hash, differences, read_job, relevant, write_job
 from vissl_like.config.schema import Job
 from vissl_like.errors import ConfigError, DataError
+from vissl_like.files import read_yaml
 
 
 def job(*overrides: str) -> Job:
@@ -24,6 +26,30 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
     )
     write_job(given, tmp_path)
     assert read_job(tmp_path) == given
+
+
+def test_libyaml_reads_what_python_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that look like numbers, dates and marks; numbers at their ends; and with a PyYAML that has no libyaml."""
+    texts = [
+        "",
+        "1e-3",
+        "2026-01-02",
+        "1:30",
+        "0x1",
+        "yes",
+        "~",
+        "a: b #c",
+        "- x",
+        "'\"",
+        "ä漢😀\u2028",
+        " a \n\n\tb " * 30,
+    ]
+    values = {"texts": texts, "numbers": [1e-300, -0.0, float("inf"), 2**70, True, None], "empty": [{}, []]}
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(values, allow_unicode=True, width=120), encoding="utf-8")
+    assert read_yaml(file) == values
+    monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
+    assert read_yaml(file) == values
 
 
 def test_what_is_no_run_folder_is_said_so(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score
 
 from vissl_like.analysis.meters import AccuracyMeter, average_precision, build_meters, class_rank, ignored_target
 from vissl_like.config.schema_model import Loss, Meters
@@ -135,6 +134,8 @@ def test_average_precision_does_not_depend_on_the_order_of_equal_scores() -> Non
 
 
 def test_average_precision_is_at_least_scikit_learns_step_function() -> None:
+    from sklearn.metrics import average_precision_score
+
     generator = np.random.default_rng(0)
     scores, labels = generator.normal(size=50), generator.integers(0, 2, size=50)
     ours = average_precision(scores, labels)[2]
