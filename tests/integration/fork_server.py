@@ -4,14 +4,17 @@
 
 A client (forks.py, or the command of forks.write_command) connects to the socket and sends its stdin, stdout and stderr
 with one JSON line: {argv, cwd, env, and if wanted program: a Python file in place of the command line, and kill_after_s:
-seconds after which the run is killed, with all processes that it has started}. The answer is the exit code (negative:
-the signal that killed it). This process itself never computes anything, which makes forking it safe.
+seconds after which the run is killed, with all processes that it has started, namespace: the network that it runs in}.
+The answer is its process id and, when it has ended, its exit code (negative: the signal that killed it), a line each.
+This process itself never computes anything, which makes forking it safe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -28,7 +31,10 @@ def run(request: dict[str, Any]) -> int:
     os.setsid()
     if "kill_after_s" in request:
         threading.Timer(request["kill_after_s"], os.killpg, [os.getpgrp(), signal.SIGKILL]).start()
+    if "namespace" in request:
+        enter(request["namespace"])
     os.chdir(request["cwd"])
+    multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # where the processes begin that the run starts
     os.environ.clear()
     os.environ.update(request["env"])
     from vissl_like.launch.main import main
@@ -44,6 +50,13 @@ def run(request: dict[str, Any]) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def enter(namespace: str) -> None:
+    """Go over to a network of `ip netns add`."""
+    with open(f"/var/run/netns/{namespace}") as network:
+        if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), 0):  # os.setns came with Python 3.12
+            raise OSError(ctypes.get_errno(), f"no way into the network {namespace}")
 
 
 def answer(client: socket.socket) -> None:
@@ -63,6 +76,8 @@ def answer(client: socket.socket) -> None:
         os._exit(code)
     for stream in (*streams, 1, 2):
         os.close(stream)
+    with contextlib.suppress(OSError):
+        client.sendall(f"{pid}\n".encode())
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):  # nobody waits for the answer any more
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -74,6 +89,7 @@ def serve(path: str) -> None:
     import vissl_like.config.check
     import vissl_like.engines.train
     import vissl_like.launch.local
+    import vissl_like.launch.rounds
     import vissl_like.launch.verbs  # noqa: F401
 
     with socket.socket(socket.AF_UNIX) as listener:

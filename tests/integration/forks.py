@@ -6,12 +6,15 @@ import atexit
 import functools
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,53 @@ def run_ranks(
     return [Ended(code, *text) for code, text in zip(codes, texts)]
 
 
+class Fork:
+    """The command line in a fork that goes on beside the test, in a process group of its own: used as a Popen is.
+
+    `namespace`: the network that it runs in.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, namespace: str = ""
+    ) -> None:
+        request: dict[str, Any] = {"argv": list(argv), "cwd": str(cwd), "env": {**os.environ, **(env or {})}}
+        request |= {"namespace": namespace} if namespace else {}
+        (out, its_out), (error, its_error) = os.pipe(), os.pipe()
+        with open(os.devnull) as stdin:
+            self._client = _send(request, [stdin.fileno(), its_out, its_error])
+        os.close(its_out)
+        os.close(its_error)
+        self.stdout, self.stderr = os.fdopen(out, errors="replace"), os.fdopen(error, errors="replace")
+        self._answer = self._client.makefile()
+        self.pid = int(self._answer.readline())
+        self.returncode: int | None = None
+        self._said: tuple[str, str] | None = None
+
+    def poll(self) -> int | None:
+        """The exit code if it has ended."""
+        if self.returncode is None and select.select([self._client], [], [], 0)[0]:
+            self.returncode = int(self._answer.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = PATIENCE_S) -> tuple[str, str]:
+        """What it, and all that it has started, write to the end; whatever still runs after `timeout` is killed."""
+        if self._said is None:
+            with self.stdout, self.stderr, self._client, self._answer, ThreadPoolExecutor(2) as pool:
+                try:
+                    streams = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
+                    self._said = (streams[0].result(timeout), streams[1].result(timeout))
+                    select.select([self._client], [], [], timeout)
+                    assert self.poll() is not None
+                except BaseException:
+                    os.killpg(self.pid, signal.SIGKILL)
+                    raise
+        return self._said
+
+
 def write_command(path: Path) -> None:
     """Write a command that runs in a fork what it is given, where it is called."""
     path.write_text(f"#!{sys.executable} -IS\n{_COMMAND.format(socket=str(_server()))}")
@@ -74,7 +124,8 @@ server = socket.socket(socket.AF_UNIX)
 server.connect({socket!r})
 request = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
 socket.send_fds(server, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
-code = int(server.makefile().readline())
+answer = server.makefile()
+pid, code = int(answer.readline()), int(answer.readline())
 sys.exit(code if code >= 0 else 128 - code)
 """
 
@@ -89,6 +140,7 @@ def _send(request: dict[str, Any], streams: list[int]) -> socket.socket:
 
 def _receive(client: socket.socket) -> int:
     with client, client.makefile() as answer:
+        answer.readline()  # its process id
         return int(answer.readline())
 
 
@@ -109,6 +161,7 @@ def _server() -> Path:
     folder = tempfile.mkdtemp(prefix="forks_")
     path = Path(folder, "socket")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as main.py does before torch
     server = subprocess.Popen(
         [sys.executable, str(HERE / "fork_server.py"), str(path)],
         cwd=ROOT,

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.integration.forks import Fork
+
 HERE = Path(__file__).parent
-TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
 PATIENCE_S = 400
 
 
@@ -39,28 +40,19 @@ class Host:
 
     address: str = "127.0.0.1"
     namespace: str = ""
-    commands: list[subprocess.Popen[str]] = field(default_factory=list)
+    commands: list[Fork] = field(default_factory=list)
 
-    def start(self, workdir: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start the tool with these arguments, in a process group of its own."""
-        inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        paths = f"{HERE.parents[1]}{os.pathsep}{HERE}"
-        command = subprocess.Popen(
-            [*inside, sys.executable, str(TOOL), *overrides],
-            cwd=workdir,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, workdir: Path, *overrides: str, env: dict[str, str] | None = None) -> Fork:
+        """Start the command line with these arguments, in a process group of its own."""
+        more = {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **(env or {})}
+        command = Fork(overrides, cwd=workdir, env=more, namespace=self.namespace)
         self.commands.append(command)
         return command
 
     def end(self) -> None:
         """Kill what still runs."""
         for command in self.commands:
-            with contextlib.suppress(ProcessLookupError):
+            if command.poll() is None:
                 os.killpg(command.pid, signal.SIGKILL)
             command.communicate()
 
@@ -93,7 +85,7 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def outcomes(commands: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def outcomes(commands: list[Fork]) -> list[tuple[int | None, str, str]]:
     """(exit code, stdout, stderr) of each command, when all have ended."""
     texts = [command.communicate(timeout=PATIENCE_S) for command in commands]
     return [(command.returncode, *text) for command, text in zip(commands, texts)]

@@ -14,46 +14,43 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.forks import Ended, Fork, run_ranks
+
 HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
 ENDINGS = ["engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=a"]
 TWO = "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"
+CPU = "config.MACHINE.DEVICE=cpu"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
 
-def finish(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_afresh(workdir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, as a user starts it."""
     return subprocess.run(
-        [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", *overrides],
-        cwd=workdir,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
+        [sys.executable, *words], cwd=workdir, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
+
+
+def finish(workdir: Path, *overrides: str) -> Ended:
+    """A launch to its end."""
+    (done,) = run_ranks([*ENDINGS, CPU, *overrides], cwd=workdir, env=ENVIRONMENT)
+    return done
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def started() -> Iterator[list[Fork | subprocess.Popen[str]]]:
     """Commands that a test has started; what is left of them is ended afterwards."""
-    commands: list[subprocess.Popen[str]] = []
+    commands: list[Fork | subprocess.Popen[str]] = []
     yield commands
     for one in commands:
         if one.poll() is None:
-            one.kill()
+            os.killpg(one.pid, signal.SIGKILL)
         one.communicate()
 
 
-def start(started: list[subprocess.Popen[str]], workdir: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(started: list[Fork | subprocess.Popen[str]], workdir: Path, *overrides: str) -> Fork:
     """Start a run and wait until all its ranks listen for signals (or sleep)."""
-    command = subprocess.Popen(
-        [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", *overrides],
-        cwd=workdir,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = Fork([*ENDINGS, CPU, *overrides], cwd=workdir, env=ENVIRONMENT)
     started.append(command)
     ranks = 2 if TWO in overrides else 1
     deadline = time.monotonic() + 150
@@ -64,19 +61,6 @@ def start(started: list[subprocess.Popen[str]], workdir: Path, *overrides: str) 
             return command
         time.sleep(0.1)
     raise AssertionError(f"did not start: {command.communicate()}")
-
-
-def test_two_processes_meet_and_only_the_first_answers(tmp_path: Path) -> None:
-    done = finish(tmp_path, TWO)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
-    assert "results: loss=0.5, ranks=2" in done.stdout
-    assert sorted(line.split(",")[0] for line in (tmp_path / "a/started.txt").read_text().splitlines()) == [
-        "0 of 2",
-        "1 of 2",
-    ]
-    assert not (tmp_path / "a/.errors").exists()
-    assert json.loads((tmp_path / "a/manifest.json").read_text())["complete"]
 
 
 def test_a_mistake_on_one_rank_reaches_the_terminal_as_itself(tmp_path: Path) -> None:
@@ -99,22 +83,27 @@ def test_a_killed_rank_ends_the_run_with_its_cause_and_the_run_goes_on(tmp_path:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: rank 1 was killed by signal 9 (SIGKILL)") and "to resume" in last
-    again = finish(tmp_path, TWO)
+    (tmp_path / "a/started.txt").unlink()
+    again = run_afresh(tmp_path, str(TOOL), *ENDINGS, CPU, TWO)
     assert again.returncode == 0 and "continuing endings in a" in again.stderr
+    assert "results: loss=0.5, ranks=2" in again.stdout
+    assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
+    who = [line.split(",")[0] for line in (tmp_path / "a/started.txt").read_text().splitlines()]
+    assert sorted(who) == ["0 of 2", "1 of 2"]
+    assert not (tmp_path / "a/.errors").exists()
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_handed_on_and_the_ranks_save(
-    started: list[subprocess.Popen[str]], tmp_path: Path, number: int
-) -> None:
+def test_a_signal_is_handed_on_and_the_ranks_save(started: list[Fork | subprocess.Popen[str]], tmp_path: Path) -> None:
+    """SIGTERM; SIGUSR1: test_nodes."""
     command = start(started, tmp_path, TWO, "config.RUN.NAME=stop")
-    command.send_signal(number)
+    command.send_signal(signal.SIGTERM)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 75
-    assert error.strip().splitlines()[-1] == f"stopped by {signal.Signals(number).name} after step 1."
+    assert error.strip().splitlines()[-1] == "stopped by SIGTERM after step 1."
 
 
-def test_a_signal_before_anything_can_be_saved(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_a_signal_before_anything_can_be_saved(started: list[Fork | subprocess.Popen[str]], tmp_path: Path) -> None:
     command = start(started, tmp_path, TWO, "config.RUN.NAME=deaf")
     command.send_signal(signal.SIGTERM)
     _, error = command.communicate(timeout=60)
@@ -124,7 +113,7 @@ def test_a_signal_before_anything_can_be_saved(started: list[subprocess.Popen[st
 
 @pytest.mark.parametrize("processes", [TWO, "config.DISTRIBUTED.NUM_PROC_PER_NODE=1"])
 def test_a_signal_while_the_run_starts_is_not_lost(
-    started: list[subprocess.Popen[str]], tmp_path: Path, processes: str
+    started: list[Fork | subprocess.Popen[str]], tmp_path: Path, processes: str
 ) -> None:
     command = subprocess.Popen(
         [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu", "config.RUN.NAME=deaf", processes],
@@ -132,6 +121,7 @@ def test_a_signal_while_the_run_starts_is_not_lost(
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     started.append(command)
     assert command.stderr is not None
@@ -144,7 +134,7 @@ def test_a_signal_while_the_run_starts_is_not_lost(
     assert "ended by SIGTERM while starting: nothing new was saved" in error and "Traceback" not in error
 
 
-def test_ctrl_c_saves_where_the_loop_listens(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_ctrl_c_saves_where_the_loop_listens(started: list[Fork | subprocess.Popen[str]], tmp_path: Path) -> None:
     command = start(started, tmp_path, "config.RUN.NAME=stop")
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
@@ -156,7 +146,7 @@ def test_ctrl_c_saves_where_the_loop_listens(started: list[subprocess.Popen[str]
     ("processes", "to_all"), [(TWO, True), ("config.DISTRIBUTED.NUM_PROC_PER_NODE=1", False)], ids=["terminal", "one"]
 )
 def test_ctrl_c_again_after_the_save_is_a_stop_all_the_same(
-    started: list[subprocess.Popen[str]], tmp_path: Path, processes: str, to_all: bool
+    started: list[Fork | subprocess.Popen[str]], tmp_path: Path, processes: str, to_all: bool
 ) -> None:
     """A terminal sends Ctrl-C to every process."""
     command = start(started, tmp_path, processes, "config.RUN.NAME='slow stop'")
@@ -174,7 +164,7 @@ def test_ctrl_c_again_after_the_save_is_a_stop_all_the_same(
     assert error.strip().splitlines()[-1] == "stopped by SIGINT (Ctrl-C) after step 1." and "Traceback" not in error
 
 
-def test_ctrl_c_elsewhere_ends_the_run(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_ctrl_c_elsewhere_ends_the_run(started: list[Fork | subprocess.Popen[str]], tmp_path: Path) -> None:
     command = start(started, tmp_path, "config.RUN.NAME=deaf")
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
@@ -184,14 +174,7 @@ def test_ctrl_c_elsewhere_ends_the_run(started: list[subprocess.Popen[str]], tmp
 def torchrun(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The command as torchrun starts it: two processes, the agent's store."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    return subprocess.run(
-        [sys.executable, *launcher, "--rdzv-endpoint", "localhost:0", str(TOOL), *ENDINGS, *overrides],
-        cwd=workdir,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return run_afresh(workdir, *launcher, "--rdzv-endpoint", "localhost:0", str(TOOL), *ENDINGS, *overrides)
 
 
 def test_an_environment_of_torchrun_is_recognised(tmp_path: Path) -> None:
@@ -216,26 +199,6 @@ def test_a_wrong_configuration_ends_all_processes_of_torchrun(tmp_path: Path) ->
 
 def test_processes_that_torchrun_did_not_start_meet_without_its_store(tmp_path: Path) -> None:
     """RANK, WORLD_SIZE, MASTER_ADDR ... set by a scheduler: the first process serves the store."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(TOOL), *ENDINGS, "config.MACHINE.DEVICE=cpu"],
-            cwd=tmp_path,
-            env={
-                **ENVIRONMENT,
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outcomes = [process.communicate(timeout=150) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outcomes
+    done = run_ranks([*ENDINGS, CPU], ranks=2, cwd=tmp_path)
+    assert [rank.returncode for rank in done] == [0, 0], done
     assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2

@@ -6,17 +6,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from tests.integration.forks import run_ranks
+from tests.integration.forks import Fork, run_ranks
 from tests.integration.hosts import PATIENCE_S, Host, network, outcomes, why_not
 
 WHY_NOT = why_not()
@@ -39,11 +40,10 @@ CHAIN: dict[str, Any] = {
             "NUM_DATALOADER_WORKERS": 0,
             **{
                 split: {
-                    "DATASET_NAMES": ["digits"],
-                    "DATA_SOURCES": ["digits"],
-                    "DATA_LIMIT": 98,
+                    "DATA_SOURCES": ["disk_folder"],
+                    "DATA_PATHS": ["images"],
                     "BATCHSIZE_PER_REPLICA": 8,
-                    "TRANSFORMS": [{"name": "Resize", "size": 16}, {"name": "ToTensor"}],
+                    "TRANSFORMS": [{"name": "ToTensor"}],
                 }
                 for split in ("TRAIN", "TEST")
             },
@@ -106,10 +106,16 @@ def meeting(num_nodes: int, endpoint: str, *, join_timeout_s: int = 300) -> list
 # ------------------------------------------------------------------------------------------------------- a whole chain
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared folder of all machines, with the recipe."""
+    """The shared folder of all machines, with the recipe and 98 images of 7 classes."""
     root = tmp_path_factory.mktemp("shared")
     (root / "recipes").mkdir()
     write_recipe(root, "chain", CHAIN)
+    draw = np.random.default_rng(0)
+    for label in range(7):
+        folder = root / f"images/{label}"
+        folder.mkdir(parents=True)
+        for number, noise in enumerate(draw.integers(0, 90, (14, 16, 16, 3), np.uint8)):
+            Image.fromarray(noise + np.uint8(20 * label)).save(folder / f"{number:02}.png")
     return root
 
 
@@ -297,7 +303,7 @@ def test_restarts_are_counted_and_a_sweep_goes_on_on_all_machines(here: Host, tm
     assert [(line["status"], line["metrics"].get("ranks")) for line in ledger] == [("failed", None), ("done", 2)]
 
 
-def wait_for(file: Path, lines: int, commands: list[subprocess.Popen[str]]) -> None:
+def wait_for(file: Path, lines: int, commands: list[Fork]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and all(command.poll() is None for command in commands):
         if file.exists() and len(file.read_text().splitlines()) >= lines:
