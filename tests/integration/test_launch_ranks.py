@@ -202,3 +202,7 @@ def test_processes_that_torchrun_did_not_start_meet_without_its_store(tmp_path: 
     done = run_ranks([*ENDINGS, CPU], ranks=2, cwd=tmp_path)
     assert [rank.returncode for rank in done] == [0, 0], done
     assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
+    again = run_ranks([*ENDINGS, CPU], ranks=2, cwd=tmp_path)
+    assert [rank.returncode for rank in again] == [0, 0] and "this run is finished" in again[0].stderr
+    wrong = run_ranks([*ENDINGS, CPU, "config.SEED_VALU=1"], ranks=2, cwd=tmp_path)
+    assert [rank.returncode for rank in wrong] == [2, 2] and "Traceback" not in wrong[1].stderr

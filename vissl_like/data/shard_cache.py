@@ -162,6 +162,8 @@ class Remote:
 
     def open(self) -> int:
         """A file descriptor of the content, fetched if it is not here. Raises DataError."""
+        if _ahead is not None:
+            _ahead.forget(self)
         for _ in range(_TRIES):
             self.bring()
             with contextlib.suppress(FileNotFoundError):  # evicted in between
@@ -211,16 +213,25 @@ class _Ahead:
 
     def __init__(self) -> None:
         self.pid, self._wanted = os.getpid(), queue.SimpleQueue[Remote]()
+        self._waiting: set[str] = set()
         for _ in range(_FETCHERS):
             threading.Thread(target=self._work, daemon=True).start()
 
     def want(self, remote: Remote) -> None:
         """Fetch it when there is time."""
+        self._waiting.add(remote.url)
         self._wanted.put(remote)
+
+    def forget(self, remote: Remote) -> None:
+        """Its reader is there already. If it were fetched after the reader is done with it, it would be for nothing."""
+        self._waiting.discard(remote.url)
 
     def _work(self) -> None:
         while True:
             remote = self._wanted.get()
+            if remote.url not in self._waiting:
+                continue
+            self.forget(remote)
             # Whoever reads the shard meets the same fault once more, and reports it.
             with contextlib.suppress(DataError, OSError):
                 remote.bring(wait=False)

@@ -175,7 +175,7 @@ def _launch_with_others(overrides: list[str], *, config_dirs: list[str]) -> int:
         code = show_error(error)
     finally:
         if not torchrun.has_told():
-            torchrun.tell({"exit_code": code})
+            torchrun.dismiss(code)
     return code
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from typing import Any
 
 _KEY = "vissl_like/launch"
 #: The first process composes and checks before it speaks; a large image folder is not read before that.
 _PATIENCE = datetime.timedelta(minutes=30)
+#: How long the first process, if it serves the store itself, waits for others to learn that there is nothing to run.
+_FAREWELL_S = 120.0
 _stores: list[Any] = []
 _told: list[bool] = []
 
@@ -20,7 +23,7 @@ def is_first() -> bool:
 
 
 def tell(message: dict[str, Any]) -> None:
-    """Say to all others what to run, or that nothing is to be run."""
+    """Say to all others what to run."""
     _store().set(_key(), json.dumps(message))
     _told.append(True)
 
@@ -30,9 +33,23 @@ def has_told() -> bool:
     return bool(_told)
 
 
+def dismiss(exit_code: int) -> None:
+    """Say to all others that nothing is to be run. A store that this process serves stays until they have heard it."""
+    tell({"exit_code": exit_code})
+    others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + _FAREWELL_S
+    while not _agent_serves() and _store().add(f"{_key()}/heard", 0) < others and time.monotonic() < patience:
+        time.sleep(0.05)
+
+
 def hear() -> dict[str, Any]:
     """Wait for what the first process says."""
-    return json.loads(_store().get(_key()).decode())
+    message = json.loads(_store().get(_key()).decode())
+    _store().add(f"{_key()}/heard", 1)
+    return message
+
+
+def _agent_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _key() -> str:
@@ -44,11 +61,10 @@ def _store() -> Any:
     from torch.distributed import TCPStore
 
     if not _stores:
-        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
-            is_master=is_first() and not agent_serves,
+            is_master=is_first() and not _agent_serves(),
             timeout=_PATIENCE,
             wait_for_workers=False,
             multi_tenant=True,
