@@ -15,7 +15,7 @@ NUM_CLUSTERS = 4
 
 
 def _run(workdir: Path, *overrides: str, ranks: int = 1, expected: int = 0) -> Ended:
-    """The command in forks; that it starts from nothing, and starts others, test_launch.py and test_docs_run.py show."""
+    """The command in forks; fresh processes are in test_launch.py and test_docs_run.py."""
     ended = run_ranks(overrides, cwd=workdir, ranks=ranks)
     for done in ended:
         assert done.returncode == expected, done.stdout[-4000:] + done.stderr[-4000:]
