@@ -84,14 +84,18 @@ def answer(client: socket.socket) -> None:
 
 
 def serve(path: str) -> None:
+    import timm.optim  # noqa: F401
     import torchvision.transforms.v2  # noqa: F401
+    from PIL import Image
 
-    import vissl_like.config.check
     import vissl_like.engines.train
     import vissl_like.launch.local
     import vissl_like.launch.rounds
     import vissl_like.launch.verbs  # noqa: F401
+    from vissl_like.config.check import load_job
 
+    Image.init()
+    load_job(["config=debug/supervised_synthetic", "config.DATA.TRAIN.DATA_PATHS=[]"])  # Hydra's imports and tables
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()

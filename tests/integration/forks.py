@@ -113,16 +113,17 @@ class Fork:
         return self._said
 
 
-def write_command(path: Path) -> None:
-    """Write a command that runs in a fork what it is given, where it is called."""
-    path.write_text(f"#!{sys.executable} -IS\n{_COMMAND.format(socket=str(_server()))}")
+def write_command(path: Path, *, program: Path | None = None) -> None:
+    """Write a command that runs in a fork what it is given, where it is called. `program`: as of run_ranks."""
+    further = {"program": str(program)} if program else {}
+    path.write_text(f"#!{sys.executable} -IS\n{_COMMAND.format(socket=str(_server()), further=further)}")
     path.chmod(0o755)
 
 
 _COMMAND = """import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({socket!r})
-request = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+request = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), **{further!r}}}
 socket.send_fds(server, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
 answer = server.makefile()
 pid, code = int(answer.readline()), int(answer.readline())

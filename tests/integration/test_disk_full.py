@@ -58,6 +58,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that had room for everything."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    assert launch(run_dir, *OPTIONS).returncode == 0
+    return run_dir
+
+
 def options(images: Path, *more: str) -> list[str]:
     return [
         *("config.DATA.TRAIN.DATA_SOURCES=[counted_folder]", f"config.DATA.TRAIN.DATA_PATHS=[{images}]"),
@@ -125,27 +133,26 @@ def test_labels_on_a_full_disk(images: Path, small_disk: Path, tmp_path: Path) -
 
 
 def test_a_full_disk_of_two_ranks(images: Path, small_disk: Path, tmp_path: Path) -> None:
-    two = "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"
-    given = [*options(images, two), "config.MULTI_PROCESSING_METHOD=fork"]
-    failed = start("extract_features", small_disk / "run", *given, env={"FILL": "40", "FILL_DISK": str(small_disk)})
+    full = {"FILL": "40", "FILL_DISK": str(small_disk)}
+    failed = start("extract_features", small_disk / "run", *options(images), ranks=2, env=full)
     assert_clear(failed, "manifest.json: the disk is full")
     (small_disk / "ballast").unlink()
     counted = tmp_path / "counted"
-    done = start("extract_features", small_disk / "run", *given, env={"COUNTED": str(counted)})
+    counting = {"COUNTED": str(counted)}
+    done = start("extract_features", small_disk / "run", *options(images), ranks=2, env=counting)
     assert done.returncode == 0, done.stderr
     assert set(counted.read_text().split()) == {"0"}  # everything was there but the manifest
 
 
 @pytest.mark.parametrize("step", [1, 8, 18])
-def test_a_disk_that_fills_up_in_training(step: int, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_in_training(step: int, small_disk: Path, reference: Path) -> None:
     run_dir, full = small_disk / "run", {"FILL_AFTER": str(step), "FILL_DISK": str(small_disk)}
     failed = launch(run_dir, *OPTIONS, "config.PLUGINS=[kill_plugin,failing_plugin]", FILLING, env=full)
     assert_clear(failed, str(run_dir))
     (small_disk / "ballast").unlink()
     done = launch(run_dir, *OPTIONS, "config.PLUGINS=[kill_plugin,failing_plugin]", FILLING)
     assert done.returncode == 0, done.stderr
-    assert launch(tmp_path / "reference", *OPTIONS).returncode == 0
-    assert_same_course(run_dir, tmp_path / "reference")
+    assert_same_course(run_dir, reference)
 
 
 def test_a_read_only_disk(images: Path, small_disk: Path) -> None:
@@ -172,7 +179,7 @@ def test_out_of_memory(tmp_path: Path) -> None:
     assert checkpoint.saved_steps(tmp_path / "run") == [6]
 
 
-def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, reference: Path) -> None:
     run_dir = small_disk / "run"
     killed = launch(run_dir, *OPTIONS, "config.CHECKPOINT.ASYNC=false", env={"KILL_AFTER": "8"})
     assert killed.returncode == -9, killed.stderr
@@ -190,5 +197,4 @@ def test_full_disk_is_explained_and_harms_nothing(small_disk: Path, tmp_path: Pa
     ballast.unlink()
     done = launch(run_dir, *OPTIONS)
     assert done.returncode == 0, done.stderr
-    assert launch(tmp_path / "reference", *OPTIONS).returncode == 0
-    assert_same_course(run_dir, tmp_path / "reference")
+    assert_same_course(run_dir, reference)

@@ -1,6 +1,7 @@
 """Every command block of the documentation marked `bash runnable` runs as printed, on a tiny folder of images.
 
-`vissl-like` is answered by a fork of a process that has imported torch; tools/run_distributed_engines.py is itself.
+`vissl-like` and tools/run_distributed_engines.py run in forks of a process that has imported torch; processes that these
+start, and other programs, begin as they do for a reader.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image
 from tests.integration.forks import write_command
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = "tools/run_distributed_engines.py"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\S+)(?: +(\S+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -52,8 +54,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     for name in ("tools", "vissl_like"):
         (folder / name).symlink_to(ROOT / name)
-    command(folder / "bin" / "python", f'exec "{sys.executable}" "$@"')
+    (folder / "bin").mkdir()
     write_command(folder / "bin" / "vissl-like")
+    write_command(folder / "bin" / "tool", program=ROOT / TOOL)
+    other = f'[ "$1" = {TOOL} ] && shift && exec tool "$@"; exec "{sys.executable}" "$@"'
+    command(folder / "bin" / "python", other)
     write_images(folder / "my_images")
     write_weights(folder / "resnet50.pth")
     for page in PAGES:
@@ -66,14 +71,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(path: Path, line: str) -> None:
-    path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def write_images(folder: Path) -> None:
     random = np.random.default_rng(0)
-    for row in range(12):
+    for row in range(8):
         path = folder / ("cats", "dogs")[row % 2] / f"{row:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 255, (48, 56, 3), dtype=np.uint8)).save(path)

@@ -15,6 +15,8 @@ from vissl_like.core import checkpoint
 #: A model without batch statistics or noise, so that processes can be compared.
 PLAIN = ["config.MODEL.TRUNK.NAME=raw_pixels", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[auto,32,auto]}]]",
          "config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE=0.002", "config.DATA.TRAIN.NUM_SYNTHETIC=44"]  # fmt: skip
+#: What each of two processes takes for the batch of one.
+HALF = "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +29,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one(tmp_path: Path, alone: Path) -> None:
-    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
     profile = [
         "config.PROFILE.ENABLED=true",
         "config.PROFILE.RANKS=[1]",
         "config.PROFILE.WAIT=1",
         "config.PROFILE.STEPS=3",
     ]
-    done = launch(tmp_path / "two", *PLAIN, *two, *profile)
+    done = launch(tmp_path / "two", *PLAIN, HALF, *profile, ranks=2)
     assert done.returncode == 0, done.stderr
     assert_profiled(tmp_path / "two" / "profile")
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-6)
@@ -65,8 +66,8 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path, alone: Path) -> No
 def test_two_processes_stop_together_and_resume_as_one(tmp_path: Path, alone: Path) -> None:
     """SIGTERM to all, loader processes too: both save at the same step. Then one goes on with the same global batch."""
     run_dir = tmp_path / "run"
-    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
-    stopped = launch(run_dir, *PLAIN, *two, "config.DATA.NUM_DATALOADER_WORKERS=1", env={"SIGNAL_AFTER": "3"})
+    loaders = "config.DATA.NUM_DATALOADER_WORKERS=1"
+    stopped = launch(run_dir, *PLAIN, HALF, loaders, env={"SIGNAL_AFTER": "3"}, ranks=2)
     assert stopped.returncode == 75, stopped.stderr
     step = checkpoint.saved_steps(run_dir)[-1]
     assert 3 <= step <= 6
@@ -80,7 +81,7 @@ def test_two_processes_stop_together_and_resume_as_one(tmp_path: Path, alone: Pa
 
 def test_another_global_batch_is_no_resumption(tmp_path: Path) -> None:
     assert launch(tmp_path / "run", *PLAIN, env={"KILL_AFTER": "8"}).returncode == -9
-    other = launch(tmp_path / "run", *PLAIN, "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4")
+    other = launch(tmp_path / "run", *PLAIN, HALF)
     assert other.returncode == 2
     assert "there 8, now 4" in other.stderr and "Traceback" not in other.stderr
 
@@ -141,8 +142,7 @@ def test_augmentation_on_the_device(tmp_path: Path) -> None:
         done = launch(tmp_path / name, *wanted, f"config.DATA.AUGMENT_ON_DEVICE={str(name == 'one').lower()}")
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "one"), rel=0.05)
-    two = ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"]
-    done = launch(tmp_path / "two", *wanted, *two)
+    done = launch(tmp_path / "two", *wanted, HALF, ranks=2)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     loaders = "config.DATA.NUM_DATALOADER_WORKERS=1"

@@ -155,18 +155,23 @@ def keypoint_regression(fit: Centres, test: Centres) -> dict[str, float]:
 
 def _regress(fit: Centres, test: Centres, *, seen: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray:
     """Predicted keypoints (n, 2). Coordinates are standardised, parts that do not appear stand at 0, no intercept."""
-    from sklearn.linear_model import LinearRegression
-    from sklearn.preprocessing import StandardScaler
 
     def inputs(of: Centres, rows: np.ndarray) -> np.ndarray:
-        scaled = scaler.transform(of.parts[rows].reshape(int(rows.sum()), -1))
+        scaled = (of.parts[rows].reshape(int(rows.sum()), -1) - mean) / scale
         return np.where(np.repeat(of.active[rows], 2, axis=1), scaled, 0.0)
 
-    scaler = StandardScaler().fit(fit.parts[seen].reshape(int(seen.sum()), -1))
-    of_target = StandardScaler().fit(fit.keypoints[seen, number])
-    line = LinearRegression(fit_intercept=False)
-    line.fit(inputs(fit, seen), of_target.transform(fit.keypoints[seen, number]))
-    return of_target.inverse_transform(line.predict(inputs(test, asked)))
+    mean, scale = _mean_and_scale(fit.parts[seen].reshape(int(seen.sum()), -1))
+    of_target, target_scale = _mean_and_scale(fit.keypoints[seen, number])
+    wanted = (fit.keypoints[seen, number] - of_target) / target_scale
+    line = np.linalg.lstsq(inputs(fit, seen), wanted, rcond=None)[0]
+    return inputs(test, asked) @ line * target_scale + of_target
+
+
+def _mean_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every column; 1 where only rounding makes the values differ."""
+    mean, variance, rounding = values.mean(0), values.var(0), len(values) * np.finfo(values.dtype).eps
+    is_constant = variance <= rounding * variance + (rounding * mean) ** 2
+    return mean, np.where(is_constant, 1.0, np.sqrt(variance))
 
 
 # ------------------------------------------------------------------------------------------------------- foreground
