@@ -93,7 +93,7 @@ def test_many_more_typos_are_understood() -> None:
 
     cases = typos(MORE, seed=99)
     right = sum(suggest_keys(tuple(wrong.split(".")))[:1] == (key,) for wrong, key in cases)
-    assert right >= 0.98 * len(cases)
+    assert right >= LEAST_RIGHT * len(cases)
 
 
 PROGRAM = """

@@ -106,7 +106,8 @@ def test_any_size(height: int, width: int, size: Any, kind: str, mode: str, seed
     views = build_views([t(kind, size=size, interpolation=mode), t("RandomHorizontalFlip")], key=KEY)
     fused, plain, after_fused, after_plain = both(views, encoded(photo(height, width, seed), "PNG"), seed)
     assert after_fused == after_plain
-    assert difference(fused, plain) <= 0.25  # a tiny image is a few roundings
+    roundings = difference(fused, plain) * fused.numel()
+    assert roundings <= max(2, 0.25 * fused.numel())  # a tiny image is a few roundings
     assert int((fused.int() - plain.int()).abs().max()) <= 2
 
 

@@ -209,6 +209,18 @@ def test_many_writers_at_once(images: Path) -> None:
     assert not [file for file in indexes() if file.name.endswith(".part")]
 
 
+def test_an_index_that_another_process_removes_at_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = listing._write_index
+
+    def write_and_lose(root: str, found: listing.Listing, watch: listing.Watch) -> str:
+        file = write(root, found, watch)
+        Path(file).unlink()
+        return file
+
+    monkeypatch.setattr(listing, "_write_index", write_and_lose)
+    assert list_folder(str(images)).paths.array().tolist() == ["a/1.png", "a/deep/0.jpg", "a b/ä.jpg", "b/2.png"]
+
+
 def test_a_worker_maps_the_file(images: Path, tmp_path: Path) -> None:
     source = FolderSource(images)
     sent = pickle.dumps(source._paths)

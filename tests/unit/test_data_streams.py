@@ -334,10 +334,15 @@ def test_what_is_fetched_ahead_fits_and_comes_in_time(sharding: Sharding, batch:
     assert sum(len(hint.fetch) for hint in hints) == len(used)
     for shard, numbers in used.items():
         assert begun[f"u{shard}"] <= numbers[0]
-    for number in range(len(batches)):
+    sizes = {k: remote.size for k, remote in enumerate(sharding.remotes) if remote is not None}
+    here: set[int] = set()
+    for number, hint in enumerate(hints):
+        here = here - {int(remote.url[1:]) for remote in hint.release} | {int(remote.url[1:]) for remote in hint.fetch}
+        # What is done with is released before something has to make place: the oldest may be one that waits to be used.
+        fits = sum(sizes[k] for k in here) <= limit
+        assert fits or not hint.fetch or all(used[k][-1] >= number for k in here)
         ahead = [k for k, numbers in used.items() if begun[f"u{k}"] <= number <= numbers[-1]]
         needed_now = [k for k in ahead if used[k][0] <= number]
-        sizes = {k: remote.size for k, remote in enumerate(sharding.remotes) if remote is not None}
         # More than fits is begun only for what is in use already.
         assert sum(sizes[k] for k in ahead) <= limit or ahead == needed_now
 

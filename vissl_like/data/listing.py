@@ -63,11 +63,10 @@ def list_folder(root: str) -> Listing:
     if len(listing.paths) < WORTH_ROWS or not _has_settled(watch, began) or not keeps_times(watch.devices):
         return listing
     try:
-        file = _write_index(root, listing, watch)
-    except OSError as error:
+        return _opened(_write_index(root, listing, watch)) or listing
+    except OSError as error:  # it cannot be written, or another process has removed it already
         _log.debug("the list of %s is not kept: %s", root, error)
         return listing
-    return _opened(file) or listing
 
 
 def _listing_of(paths: Iterable[str]) -> Listing:

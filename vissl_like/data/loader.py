@@ -150,9 +150,9 @@ class _Reader(torch.utils.data.Dataset):
         self._dataset = dataset
 
     def __getitem__(self, request: _Request) -> dict[str, Any]:
-        fetch_ahead(request.hints.fetch)
         for shard in request.hints.release:
             shard.release()
+        fetch_ahead(request.hints.fetch)
         try:
             return _read_batch(self._dataset, request.epoch, request.rows)
         except UserError as error:

@@ -72,18 +72,23 @@ class Sharding:
         first, last = self._uses(batches)
         fetch: list[list[Remote]] = [[] for _ in batches]
         release: list[list[Remote]] = [[] for _ in batches]
-        held: list[tuple[int, int]] = []  # (last use, bytes) of what is fetched and not released
+        held: list[tuple[int, int]] = []  # (last use, shard) of what is fetched and has its room
         room, start = 0, 0
-        for shard in sorted(first, key=lambda shard: (first[shard], shard)):
-            remote = self.remotes[shard]
-            if remote is None:
-                continue
+        remotes = {shard: remote for shard, remote in enumerate(self.remotes) if remote is not None}
+        for shard in sorted(remotes.keys() & first.keys(), key=lambda shard: (first[shard], shard)):
+            remote = remotes[shard]
             room += remote.size
+            over: list[tuple[int, Remote]] = []
             while room > remote.cache.limit and held:
-                end, size = heapq.heappop(held)
-                room, start = room - size, max(start, end + 1)
-            heapq.heappush(held, (last[shard], remote.size))
-            fetch[min(start, first[shard])].append(remote)
+                end, used = heapq.heappop(held)
+                over.append((end, remotes[used]))
+                room, start = room - over[-1][1].size, max(start, end + 1)
+            heapq.heappush(held, (last[shard], shard))
+            begin = min(start, first[shard])
+            fetch[begin].append(remote)
+            # Something has to make place now: what is done with, not what was fetched early and waits to be used.
+            for end, done in over:
+                release[min(max(begin, end + 1), len(batches) - 1)].append(done)
             if last[shard] + _SLACK < len(batches):
                 release[last[shard] + _SLACK].append(remote)
         return [Hints(tuple(wanted), tuple(done)) for wanted, done in zip(fetch, release)]
