@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -96,7 +97,8 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def communicate(self, timeout: float = PATIENCE_S) -> tuple[str, str]:
         """What it, and all that it has started, write to the end; whatever still runs after `timeout` is killed."""
@@ -108,7 +110,8 @@ class Fork:
                     select.select([self._client], [], [], timeout)
                     assert self.poll() is not None
                 except BaseException:
-                    os.killpg(self.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.pid, signal.SIGKILL)
                     raise
         return self._said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -44,7 +45,8 @@ def started() -> Iterator[list[Fork | subprocess.Popen[str]]]:
     yield commands
     for one in commands:
         if one.poll() is None:
-            os.killpg(one.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.pid, signal.SIGKILL)
         one.communicate()
 
 
@@ -157,7 +159,8 @@ def test_ctrl_c_again_after_the_save_is_a_stop_all_the_same(
         assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.02)
     while command.poll() is None:  # to the very end
-        press()
+        with contextlib.suppress(ProcessLookupError):
+            press()
         time.sleep(0.05)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 75, error
