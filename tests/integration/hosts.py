@@ -53,7 +53,8 @@ class Host:
         """Kill what still runs."""
         for command in self.commands:
             if command.poll() is None:
-                os.killpg(command.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(command.pid, signal.SIGKILL)
             command.communicate()
 
 
