@@ -126,14 +126,14 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def disagreement(mine: str) -> str:
+def disagreement(look: Callable[[], str]) -> str:
     """What the first process has, and what another one has instead of it; empty if all have the same. A collective call.
 
     For what each process reads by itself: files change, and those of two machines differ, while processes read them.
     """
     if _world.size == 1:
         return ""
-    seen = all_gather_object((mine, platform.node()))
+    seen = all_gather_object((look(), platform.node()))
     other = next((rank for rank, (text, _) in enumerate(seen) if text != seen[0][0]), None)
     if other is None:
         return ""

@@ -184,9 +184,7 @@ def load_initial_weights(model: nn.Module, options: WeightsInit, *, feature_eval
 
 def _refuse_other_weights(file: WeightsFile) -> None:
     """Raise WeightsError, on every process, unless all of them have read the same."""
-    if distributed.current().size == 1:
-        return
-    different = distributed.disagreement(f"weights {_digest(file.tensors.items())[:8]}")
+    different = distributed.disagreement(lambda: f"weights {_digest(file.tensors.items())[:8]}")
     if different:
         raise WeightsError(
             f"{KEY}.PARAMS_FILE={file.source!r}: the processes have read different weights: {different}. The file was "

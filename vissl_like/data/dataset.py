@@ -102,9 +102,7 @@ def build_dataset(
 
 def _refuse_other_images(dataset: ImageDataset) -> None:
     """Raise DataError, on every process, unless all of them see the same images in the same order, with the same labels."""
-    if distributed.current().size == 1:
-        return
-    different = distributed.disagreement(f"{len(dataset)} images ({_digest(dataset)})")
+    different = distributed.disagreement(lambda: f"{len(dataset)} images ({_digest(dataset)})")
     if different:
         raise DataError(
             f"config.DATA.{dataset.split}: the processes do not see the same images and labels: {different}. The folder "
