@@ -23,8 +23,9 @@ from vissl_like.analysis import features
 from vissl_like.data.folder import FolderSource
 from vissl_like.tasks.supervised import Supervised
 
-# Blocks are marked as finished often, so that there is something to lose between two marks.
-features._MARK_EVERY_S = 0.03
+# Blocks are marked as finished often, so that there is something to lose between two marks. But each mark closes the
+# files: where there are to be too many of them, none is made.
+features._MARK_EVERY_S = 3600 if "OPEN_FILES" in os.environ else 0.03
 
 
 class CountedFolder(FolderSource):
