@@ -107,6 +107,8 @@ def test_equivariance_of_the_original(case: str, number: int) -> None:
     image_size = (SETTINGS["patch"] * maps.shape[2], SETTINGS["patch"] * maps.shape[3])
     back = affine_module.warp_back(others, AFFINES[number], image_size=image_size, method="nearest_two_step")
     name = f"{case}/equivariance_{number}"
+    shift = affine_module.shift_in_cells(AFFINES[number], width=maps.shape[3], image_width=image_size[1])
+    np.testing.assert_allclose(shift, ARRAYS[f"{name}/map_translate"], rtol=1e-9)
     torch.testing.assert_close(back.detach(), array(f"{name}/warped_back"), rtol=0, atol=0)
     loss = parts.equivariance(maps[:, :-1], back[:, :-1])
     loss.backward()

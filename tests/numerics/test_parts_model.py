@@ -21,7 +21,13 @@ LIBRARIES = {"timm": TIMM, "hf": HF}
 
 def as_recorded(vectors: Vectors) -> dict[str, Any]:
     """The original draws noise twice and at evaluation too. Recorded runs are without dropout but for one."""
+    layers = {
+        name.upper(): vectors.settings[name]
+        for name in ("modulation_type", "classifier_type")
+        if name in vectors.settings
+    }
     return {
+        **layers,
         "NUM_PARTS": vectors.settings["K"], "SOFTMAX_TEMPERATURE": vectors.settings["tau"], "EVAL_GUMBEL": True,
         "SHARED_GUMBEL": False, "PART_DROPOUT": 0.0, "PART_DROPOUT_STAGE_2": 0.0,
     }  # fmt: skip

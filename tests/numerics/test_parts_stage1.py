@@ -24,6 +24,8 @@ def model_of(variant: str, folder: Path) -> StageOne:
         "CLASSIFIER_TYPE": recorded["classifier_type"],
         "MODULATION_ORTH": recorded["modulation_orth"],
         "GUMBEL_SOFTMAX": recorded["gumbel_softmax"],
+        "GUMBEL_SOFTMAX_HARD": recorded.get("gumbel_softmax_hard", False),
+        "NOISE_VARIANCE": recorded.get("noise_variance", 0.0),
         "SOFTMAX_TEMPERATURE": recorded["tau"],
         "TEMPERATURE_NEEDS_GUMBEL": True,
         "EVAL_GUMBEL": True,

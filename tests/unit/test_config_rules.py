@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vissl_like.compat.ifam import translate
 from vissl_like.config import components, rules
 from vissl_like.config.check import load_job
 from vissl_like.errors import ConfigError, DataError, WeightsError
@@ -64,6 +65,15 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
         (["config.MODEL.HEAD.PARAMS=[mlp]"], "a head is [name, {options}]"),
         (["config.MODEL.NAME=parts", "config.MODEL.PARTS.USE_SOFT_MASKS=true"], "does not read it, only two_stage"),
         (["config.MODEL.NAME=decoupled", "config.MODEL.PARTS.POOLING_TYPE=gap"], "does not read it, only pooled"),
+        (["config.MODEL.NAME=two_stage", "config.MODEL.PARTS.GUMBEL_SOFTMAX_HARD=true"], "read it, only parts"),
+        (
+            ["config.MODEL.NAME=parts", "config.MODEL.PARTS={GUMBEL_SOFTMAX: false, GUMBEL_SOFTMAX_HARD: true}"],
+            "GUMBEL_SOFTMAX_HARD=True: a form of the softmax with Gumbel noise",
+        ),
+        (
+            ["config.LOSS.PARTS.SCALE_L=1.5"],
+            "config.LOSS.PARTS.SCALE_L=1.5: must be at most config.LOSS.PARTS.SCALE_U=1.4",
+        ),
         (["config.MODEL.PARTS.REMOVE_PARTS=[1]"], "REMOVE_PARTS=[1]: config.MODEL.NAME='vision' does not read it"),
         (
             ["config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP=[res5]"],
@@ -92,6 +102,32 @@ def test_options_that_do_not_fit_together(overrides: list[str], message: str) ->
     with pytest.raises(ConfigError) as caught:
         load_job([BASE, *overrides])
     assert message in str(caught.value)
+
+
+def test_groups_by_role_read_no_other_rules_of_grouping() -> None:
+    """Each of them would be ignored, or half applied (the rate of heads: to the first stage's alone)."""
+    wanted = {
+        "GROUPS": "[{MATCH: bias}]", "REGULARIZE_BN": "true", "REGULARIZE_BIAS": "false",
+        "NON_REGULARIZED_PARAMETERS": "[norm]", "CONSTRUCT_SINGLE_PARAM_GROUP_ONLY": "true",
+        "HEAD_OPTIMIZER_PARAMS.USE_DIFFERENT_LR": "true", "HEAD_OPTIMIZER_PARAMS.USE_DIFFERENT_WD": "true",
+    }  # fmt: skip
+    overrides = [f"config.OPTIMIZER.{name}={value}" for name, value in wanted.items()]
+    with pytest.raises(ConfigError) as caught:
+        load_job([BASE, "config.OPTIMIZER.PARAM_GROUP_CONSTRUCTOR=parts", *overrides])
+    lines = str(caught.value).splitlines()
+    for name in wanted:
+        assert any(
+            f"config.OPTIMIZER.{name}=" in line and "groups parameters by their role" in line for line in lines
+        ), name
+    load_job([BASE, *overrides])
+    load_job([BASE, "config.OPTIMIZER.PARAM_GROUP_CONSTRUCTOR=parts"])
+
+
+@pytest.mark.parametrize(("flags", "is_hard"), [("", False), ("--gumbel_softmax", True)])
+def test_translated_commands_ask_for_hard_maps_with_gumbel_noise_only(flags: str, is_hard: bool) -> None:
+    made = translate(f"--data_path CUB --gumbel_softmax_hard {flags}", script="train_net_pdisco")
+    assert load_job(made.words()).job.config.MODEL.PARTS.GUMBEL_SOFTMAX_HARD == is_hard
+    assert ("gumbel_softmax_hard" in made.without) != is_hard
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,12 @@ def test_pruning_keeps_foreground_in_order(rows: list[list[bool]]) -> None:
         assert kept[i, 2:, 0].tolist() == sorted(kept[i, 2:, 0].tolist())
 
 
-def test_late_masking_averages_final_patches_over_all_positions() -> None:
-    model: Decoupled = build("decoupled", VIT, LATE_MASKING=True).eval()
-    patches = model.trunk.tokens(images())[:, 3:]
+@pytest.mark.parametrize(("class_token", "registers"), [(True, 2), (False, 2), (False, 0)])
+def test_late_masking_averages_final_patches_over_all_positions(class_token: bool, registers: int) -> None:
+    """With a class token or without: no attention is masked."""
+    trunk = VIT | {"OPTIONS": VIT["OPTIONS"] | {"class_token": class_token, "reg_tokens": registers}}
+    model: Decoupled = build("decoupled", trunk, LATE_MASKING=True).eval()
+    patches = model.trunk.tokens(images())[:, class_token + registers :]
     mean = (patches * masks().flatten(1)[:, :, None]).sum(1) / 16
     expected = mean @ model.heads.classifier.weight.T + model.heads.classifier.bias
     torch.testing.assert_close(model(images(), masks()), expected)

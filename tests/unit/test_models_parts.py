@@ -136,6 +136,12 @@ def test_hard_maps_are_one_hot_with_the_gradient_of_soft_ones() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_maps_without_gumbel_are_soft() -> None:
+    plain = {"GUMBEL_SOFTMAX": False}
+    found = layers(GUMBEL_SOFTMAX_HARD=True, **plain).train()(features()).maps
+    assert torch.equal(found, layers(**plain).train()(features()).maps)
+
+
 def test_temperature_without_gumbel_as_in_pdiscoformer() -> None:
     x, same = features(), {"SOFTMAX_TEMPERATURE": 0.2, "GUMBEL_SOFTMAX": False}
     plain = layers(GUMBEL_SOFTMAX=False).eval()(x).maps
@@ -289,9 +295,11 @@ def test_stochastic_depth_reaches_each_stage() -> None:
         ("parts", VIT | {"OPTIONS": VIT["OPTIONS"] | {"img_size": 32}}, {}, "img_size=32"),
         ("two_stage", STEM, {}, "STAGE_TWO_TRUNK.NAME"),
         ("two_stage", VIT, {"LATE_MASKING": True}, "decoupled model alone"),
+        ("two_stage", VIT, {"GUMBEL_SOFTMAX_HARD": True}, "single-stage model alone"),
         ("two_stage", VIT, {"USE_SOFT_MASKS": True, "MASK_GRADIENT": "straight_through"}, "set none"),
         ("two_stage", VIT, {"REMOVE_PARTS": [3]}, "there is no part 3"),
         ("decoupled", {"NAME": "timm/resnet18"}, {}, "can be masked"),
+        ("decoupled", {"NAME": "timm/resnet18"}, {"LATE_MASKING": True}, "only a Vision Transformer can be masked"),
         ("decoupled", VIT, {"USE_SOFT_MASKS": True}, "hard masks"),
         ("pooled", STEM, {"POOLING_TYPE": "cls"}, "has no tokens"),
         ("pooled", VIT, {"POOLING_TYPE": "aim", "NUM_PARTS": 1}, ""),

@@ -122,8 +122,10 @@ def _parts(command: Command, result: Translation) -> None:
     heat = "softmax_temperature" if command.has("softmax_temperature") else "gumbel_softmax_temperature"
     result.overrides[below + "SOFTMAX_TEMPERATURE"] = command[heat]
     if command.script == SINGLE:
-        for flag in ("modulation_type", "modulation_orth", "classifier_type", "noise_variance", "gumbel_softmax_hard"):
+        for flag in ("modulation_type", "modulation_orth", "classifier_type", "noise_variance"):
             result.overrides[below + flag.upper()] = command[flag]
+        if command["gumbel_softmax"]:
+            result.overrides[below + "GUMBEL_SOFTMAX_HARD"] = command["gumbel_softmax_hard"]
         result.overrides[below + "TEMPERATURE_NEEDS_GUMBEL"] = True
     if command["intervention_fixed_part_id"]:
         result.overrides["config.EVALUATE_PARTS.FIXED_PARTS"] = command["intervention_fixed_part_id"]
@@ -396,7 +398,8 @@ _WITHOUT = {
     "scheduler_restart_factor": "one cosine cycle spans the training, so there is nothing to restart",
     "cosine_cycle_limit": "one cosine cycle spans the training, so there is nothing to restart",
     "model_ema_force_cpu": "the average lies on the model's device and is always evaluated",
-    "gumbel_softmax_hard": "the two-stage original reads it and does nothing; PDiscoFormer's is translated",
+    "gumbel_softmax_hard": "the two-stage original reads it and does nothing; PDiscoFormer's is translated, with "
+    "gumbel_softmax",
     "metadata_path": "for data sets that the paper does not use (PlantNet, iNaturalist)",
     "species_id_to_name_file": "for data sets that the paper does not use (PlantNet)",
     "turn_on_mixup_or_cutmix": "on where --mixup or --cutmix is above 0",

@@ -11,6 +11,7 @@ from typing import Any
 
 from vissl_like.config import components
 from vissl_like.config.rules_launch import slurm_problems
+from vissl_like.config.rules_parts import part_problems
 from vissl_like.config.schema import Config, Job
 from vissl_like.config.schema_data import Split
 from vissl_like.config.schema_model import Schedule
@@ -30,16 +31,6 @@ _WITHOUT_PATH = ("synthetic", "mnist5k", "digits")
 _FUSED_SHARDED = ("adam", "adamw")
 #: Tasks that mix the images of a batch (DATA.MIX).
 _MIXING = ("parts",)
-#: Options of MODEL.PARTS, and the kinds of models that read them.
-_READ_BY = {
-    **dict.fromkeys(
-        ("USE_SOFT_MASKS", "MASK_GRADIENT", "REMOVE_PARTS", "FREEZE_SECOND_STAGE", "FREEZE_PARAMS_STAGE_2"),
-        ("two_stage",),
-    ),
-    "LATE_MASKING": ("decoupled",),
-    "POOLING_TYPE": ("pooled",),
-    "PART_LOGITS_THRESHOLD_PATH": ("parts", "two_stage"),
-}
 #: Values of PARAMS_FILE that are no paths.
 _NAMED_WEIGHTS = ("timm:", "torchvision:", "hf:", "http://", "https://")
 
@@ -119,7 +110,7 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     for split in SPLITS:
         yield from _parallel_lists(getattr(config.DATA, split), split)
     yield from _heads_and_pooling(config)
-    yield from _parts_in_vain(config)
+    yield from part_problems(config)
     yield from _number_lists(config)
     yield from _engine_needs(job)
     yield from slurm_problems(config)
@@ -132,22 +123,6 @@ def fit_problems(job: Job) -> Iterator[Problem]:
     if job.engine_name == "train":
         yield from _schedule_problems(config)
         yield from _mix_problems(config)
-
-
-def _parts_in_vain(config: Config) -> Iterator[Problem]:
-    """Options of part discovery that this kind of model does not read."""
-    options, fields = config.MODEL.PARTS, type(config.MODEL.PARTS).model_fields
-    for name, kinds in _READ_BY.items():
-        value = getattr(options, name)
-        if config.MODEL.NAME not in kinds and value != fields[name].get_default(call_default_factory=True):
-            key = f"config.MODEL.PARTS.{name}"
-            yield (
-                key,
-                (
-                    f"{key}={value!r}: config.MODEL.NAME={config.MODEL.NAME!r} does not read it, only {' and '.join(kinds)}. "
-                    "Leave it out, or choose another kind of model."
-                ),
-            )
 
 
 def _sharding_problems(config: Config) -> Iterator[Problem]:

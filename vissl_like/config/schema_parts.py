@@ -22,7 +22,9 @@ class PartsModel(Section):
     PROTOTYPE_RESTARTS: int = option(3, "PROTOTYPE_INIT=kmeans: runs, of which the lowest objective counts.", ge=1)
     SOFTMAX_TEMPERATURE: float = option(1.0, "Divides distances (and noise) before the softmax over parts.", gt=0)
     GUMBEL_SOFTMAX: bool = option(True, "Add Gumbel noise to the distances in training.")
-    GUMBEL_SOFTMAX_HARD: bool = option(False, "One-hot maps with the gradient of the soft ones (straight-through).")
+    GUMBEL_SOFTMAX_HARD: bool = option(
+        False, "With GUMBEL_SOFTMAX, single stage: one-hot maps with the gradient of the soft ones (straight-through)."
+    )
     EVAL_GUMBEL: bool = option(False, "Noise at evaluation too, as in the original; results are then random.")
     SHARED_GUMBEL: bool = option(
         True, "One noise sample for maps and mask. false: two draws, and noise in the mask always, as in the original."
@@ -39,7 +41,9 @@ class PartsModel(Section):
         "linear", "Head of stage 1: one for all parts, or normalisation and a linear layer per part."
     )
     NOISE_VARIANCE: float = option(
-        0.0, "Training: noise on the features before averaging, as a share of their standard deviation.", ge=0
+        0.0,
+        "Training only: noise on map x feature at each position, as a share of the features' standard deviation.",
+        ge=0,
     )
     PART_DROPOUT: float = option(0.3, "Probability that a part is left out of the stage-1 class scores.", ge=0, lt=1)
     PART_DROPOUT_STAGE_2: float = option(0.3, "Probability that a part is left out of the mask.", ge=0, lt=1)

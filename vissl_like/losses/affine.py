@@ -67,12 +67,18 @@ def warp_back(maps: Tensor, affine: Affine, *, image_size: tuple[int, int], meth
     """
     maps = full(maps)
     if method == "nearest_two_step":
-        ratio = maps.shape[-1] / image_size[1]
-        shift = Affine(0.0, -affine.shift_x * ratio, -affine.shift_y * ratio, 1.0)
+        x, y = shift_in_cells(affine, width=maps.shape[-1], image_width=image_size[1])
+        shift = Affine(0.0, -x, -y, 1.0)
         turn = Affine(-affine.angle, 0.0, 0.0, 1 / affine.scale)
         return _torchvision(_torchvision(maps, shift, InterpolationMode.NEAREST), turn, InterpolationMode.NEAREST)
     grid = _targets(maps, affine, image_size).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def shift_in_cells(affine: Affine, *, width: int, image_width: int) -> tuple[float, float]:
+    """The shift (x, y) on maps of this width, by the ratio of the widths in both directions, as in the original."""
+    ratio = width / image_width
+    return affine.shift_x * ratio, affine.shift_y * ratio
 
 
 def inside(maps: Tensor, affine: Affine, *, image_size: tuple[int, int]) -> Tensor:

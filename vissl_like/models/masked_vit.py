@@ -169,13 +169,18 @@ def _with_mask_gradient(forward: Forward) -> Forward:
 
 
 def check_masked(trunk: MapTrunk | TokenTrunk, options: PartsModel) -> TokenTrunk:
-    """The trunk, if it can be masked; ConfigError if not, or if the options of masks do not fit together."""
-    name = trunk.adapter.name
-    if not isinstance(trunk, TokenTrunk) or not trunk.has_class_token:
+    """The trunk, if it can be masked; ConfigError if not, or if the options of masks do not fit together.
+
+    LATE_MASKING needs patch tokens and nothing else: no attention is masked.
+    """
+    name, late = trunk.adapter.name, options.LATE_MASKING
+    if not isinstance(trunk, TokenTrunk) or not (late or trunk.has_class_token):
         raise ConfigError(
-            f"{NAME_KEY}={name!r}: only a Vision Transformer with a class token can be masked. Set"
+            f"{NAME_KEY}={name!r}: only a Vision Transformer{'' if late else ' with a class token'} can be masked. Set"
             " config.MODEL.PARTS.STAGE_TWO_TRUNK.NAME (two_stage) or config.MODEL.TRUNK.NAME to timm/vit_... or hf/dinov2."
         )
+    if late:
+        return trunk
     if not trunk.patches_apart:
         raise ConfigError(
             f"{NAME_KEY}={name!r}: its patches overlap, so masked pixels would leak into their neighbours. Use a model"

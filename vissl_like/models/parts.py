@@ -153,7 +153,7 @@ class PartLayers(nn.Module):
             distances, part_dot = self.compare(x)
             gumbel = self._gumbel(distances, noise.maps, wanted=self.options.GUMBEL_SOFTMAX)
             maps = self.assign(distances, part_dot, gumbel=gumbel)
-            if self.options.GUMBEL_SOFTMAX_HARD:
+            if self.options.GUMBEL_SOFTMAX and self.options.GUMBEL_SOFTMAX_HARD:
                 maps = _one_hot_forward(maps)
             plain = self._pooled(x, maps, noise.features)  # (B, D, K+1)
             modulated = self.modulation(plain)

@@ -85,8 +85,9 @@ class TwoStage(PartInputs):
     ) -> None:
         super().__init__()
         check_masked(stage_2, options)
-        if options.LATE_MASKING:
-            raise ConfigError("config.MODEL.PARTS.LATE_MASKING=True: the decoupled model alone has it; set false.")
+        for name, kind in (("LATE_MASKING", "decoupled"), ("GUMBEL_SOFTMAX_HARD", "single-stage")):
+            if getattr(options, name):
+                raise ConfigError(f"config.MODEL.PARTS.{name}=True: the {kind} model alone has it; set false.")
         check_parts(options.REMOVE_PARTS, num_parts=options.NUM_PARTS)
         if options.MASK_GRADIENT != "none":
             give_mask_gradient(stage_2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from vissl_like.config.schema_model import Optimizer as OptimizerOptions
 from vissl_like.errors import ConfigError
 from vissl_like.models.part_groups import PartModel, parameter_roles
+from vissl_like.models.parts import StageOne
 from vissl_like.models.pooled_vit import PooledModel
 from vissl_like.optim.groups import Group
 
-#: Roles whose matrices decay; vectors (biases, norms, LayerScale), tokens, prototypes and modulation never do,
-#: nor do the queries of a pooling.
+#: Roles whose matrices decay; vectors (biases, norms, LayerScale), tokens, prototypes and modulation do not, nor do the
+#: queries of a pooling. The classifier of the single-stage model is one group: there vectors decay, too.
 _DECAYING = ("backbone", "backbone_2", "head", "head_2")
 
 
@@ -19,10 +20,11 @@ def make_part_groups(model: PartModel, options: OptimizerOptions) -> list[Group]
     found: dict[tuple[str, bool], list[str]] = {}
     parameters = dict(model.named_parameters())
     queries = {id(query) for query in (model.query_parameters() if isinstance(model, PooledModel) else ())}
+    whole = ("head",) if isinstance(model, StageOne) else ()
     for name, role in parameter_roles(model).items():
         parameter = parameters[name]
         if parameter.requires_grad:
-            decays = role in _DECAYING and parameter.ndim > 1 and id(parameter) not in queries
+            decays = role in _DECAYING and (parameter.ndim > 1 or role in whole) and id(parameter) not in queries
             found.setdefault((role, decays), []).append(name)
     if not found:
         raise ConfigError("nothing to train: every parameter is frozen (config.MODEL.PARTS.FREEZE_*).")
