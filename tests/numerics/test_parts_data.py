@@ -45,11 +45,15 @@ def source(root: Path, split: str, **options: Any) -> CubSource:
 @pytest.mark.parametrize("ratio", [1, 0.9])
 def test_lists_in_file_order(root: Path, split: str, ratio: float) -> None:
     """The same images; the original counts classes anew within each subset, here a number means the same in all."""
-    recorded = ABOUT["lists"][f"cub/{split}/ratio_{ratio}"]["items"]
+    recorded = ABOUT["lists"][f"cub/{split}/ratio_{ratio}"]
     found = source(root, split, FRACTION=ratio, ORDER="file")
-    assert found.paths.tolist() == [path for path, _ in recorded]
+    assert found.paths.tolist() == [path for path, _ in recorded["items"]]
     assert found.labels is not None
-    assert np.unique(found.labels, return_inverse=True)[1].tolist() == [label for _, label in recorded]
+    present, anew, counts = np.unique(found.labels, return_inverse=True, return_counts=True)
+    assert anew.tolist() == [label for _, label in recorded["items"]]
+    assert counts.tolist() == recorded["class_counts"] and len(counts) == recorded["num_classes"]
+    ids = found.folder.class_ids[present].tolist()
+    assert {str(number): value for number, value in enumerate(ids)} == recorded["new_to_original_label"]
     assert found.class_names == ["001.Class_1", "002.Class_2", "004.Class_4"]
 
 
@@ -57,10 +61,11 @@ def test_lists_in_file_order(root: Path, split: str, ratio: float) -> None:
 def test_waterbirds(root: Path, split: str) -> None:
     subset = split if split.endswith("case") else ""
     found = WaterbirdsSource(root, split="TEST" if subset else split.upper(), subset=subset)
-    recorded = ABOUT["lists"][f"waterbirds/{split}"]["items"]
+    recorded, counts = (ABOUT["lists"][f"waterbirds/{split}"][key] for key in ("items", "class_counts"))
     assert found.paths.tolist() == [item[0] for item in recorded]
     assert found.labels is not None and found.labels.tolist() == [item[1] for item in recorded]
     assert found.groups.tolist() == [2 * item[1] + item[2] for item in recorded]
+    assert np.bincount(found.labels, minlength=2).tolist() == counts
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -79,6 +84,22 @@ def test_keypoints_and_boxes(root: Path, split: str, crop: bool) -> None:
             assert RECORDED[f"{name}/image_sizes"][row].tolist() == expected
         np.testing.assert_allclose(np.array(points), RECORDED[f"{name}/keypoints"][..., 1:], atol=1e-5)
         np.testing.assert_allclose(np.array(boxes), RECORDED[f"{name}/boxes"][:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("crop", ["crop", "nocrop"])
+def test_what_belongs_to_which_image_class_and_part(root: Path, split: str, crop: str) -> None:
+    """Boxes name the line of train_test_split.txt, keypoints their part, labels the class among those of all images."""
+    images = source(root, split)
+    listed, names = (
+        [line.split(maxsplit=1) for line in ABOUT["files"][name].splitlines()]
+        for name in ("train_test_split.txt", "parts/parts.txt")
+    )
+    lines = RECORDED[f"parts/{split}/{crop}/boxes"][:, 0].astype(int)
+    assert [images.folder.ids[row] for row in images.rows] == [listed[line][0] for line in lines]
+    assert images.labels is not None and images.labels.tolist() == RECORDED[f"parts/{split}/{crop}/labels"].tolist()
+    for parts in RECORDED[f"parts/{split}/{crop}/keypoints"][..., 0].astype(int):
+        assert [dict(names)[str(part)] for part in parts] == images.keypoint_names
 
 
 def test_cropped_boxes_stay_in_the_frame() -> None:

@@ -18,103 +18,33 @@ from vissl_like.config.check import load_job
 from vissl_like.errors import ConfigError
 from vissl_like.launch.main import main
 
-#: The commands of the document, typing errors included: the complete one, and those of the data sets with its setting.
-MODEL = r"""
---model_arch hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m /
-"""
-SETTING = r"""
---pretrained_start_weights /
---batch_size 16 --wandb --epochs 90 --save_every_n_epochs <duration at which to save checkpoints> \
---num_workers 2 --wandb_entity <wandb username> --wandb_mode <online/offline> --snapshot_dir <path to save directory> \
---lr 2.828e-6 --optimizer_type adamw --scheduler_type cosine --scratch_lr_factor 1e4 --smoothing 0 \ \
---num_parts 8 --weight_decay 0.05 --freeze_backbone --enforced_presence_loss 2 --gumbel_softmax --grad_norm_clip 2.0
-"""
-START = "torchrun --nnodes=1 \\\n--nproc_per_node=8 \\\n<base path to the code>/train_net.py "
-CUB = r"""
-torchrun \
---nnodes=1 \
---nproc_per_node=8 \
-<base path to the code>/train_net.py \
---model_arch hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m /
---pretrained_start_weights /
---data_path {root}/CUB_200_2011 \
---batch_size 16 \
---wandb \
---epochs 90 \
---dataset cub \
---save_every_n_epochs <duration at which to save checkpoints> \
---num_workers 2 \
---image_sub_path_train images \
---image_sub_path_test images \
---train_split 1 \
---eval_mode test \
---wandb_entity <wandb username> \
---wandb_project <name of wandb project> \
---wandb_mode <online/offline> \
---job_type <wandb job type> \
---group <wandb group name> \
---snapshot_dir <path to save directory> \
---lr 2.828e-6 \
---optimizer_type adamw \
---scheduler_type cosine \
---scratch_lr_factor 1e4 \
---modulation_lr_factor 1e4 \
---finer_lr_factor 1e3 \
---drop_path_stage_2 0 \
---smoothing 0 \
---augmentations_to_use cub_original \ \
---num_parts 8 \
---weight_decay 0.05 \
---freeze_backbone \
---total_variation_loss 1.0 \
---concentration_loss 0.0 \
---enforced_presence_loss 2 \
---enforced_presence_loss_type enforced_presence \
---pixel_wise_entropy_loss 1.0 \
---gumbel_softmax \
---presence_loss_type original \
---grad_norm_clip 2.0
-"""
-WATERBIRDS = r"""
---data_path {root}/CUB_200_2011 \
---dataset waterbirds \
---image_sub_path_train waterbird_complete95_forest2water2 \
---image_sub_path_test waterbird_complete95_forest2water2 \
---train_split 1 \
---eval_mode test \
---image_size 518 \
---augmentations_to_use cub_original \
-"""
-SIIM_ACR = r"""
---model_arch microsoft/rad-dino \
---use_hf_transformers \
---data_path {root}/siim-acr-pneumothorax-segmentation-data/versions/1 \
---dataset siim_acr \
---image_sub_path_train train_set \
---image_sub_path_test full_test_set \
---mask_sub_path all_masks \
---image_size 518 \
---augmentations_to_use siim_acr \
-"""
-META_SHIFT = r"""
---data_path {root}/MetaDatasetCatDog \
---dataset meta_shift \
---image_sub_path_train train \
---image_sub_path_test test \
---image_size 224 \
---augmentations_to_use cub_original \
-"""
-COMMANDS = {
-    "cub": CUB,
-    "waterbirds": START + WATERBIRDS + MODEL + SETTING,
-    "siim_acr": START + SIIM_ACR + SETTING,
-    "meta_shift": START + META_SHIFT + MODEL + SETTING,
-}  # fmt: skip
-#: Smaller trunks, for speed.
+#: The commands of the document, typing errors included: the complete one, and those of the data sets without the model's.
+PUBLISHED: dict[str, str] = dict(
+    re.findall(
+        r"^(\w+)\n```\n(.*?)^```$",
+        (Path(__file__).parents[1] / "data" / "ifam_commands.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+)
+
+
+def published(name: str, data: str | Path = "<base path to dataset>") -> str:
+    """A command of the document; those of the data sets get the model's flags from the complete one. `data`: a folder."""
+    complete, command = PUBLISHED["complete"], PUBLISHED[name]
+    if name != "complete":
+        of_data = {*re.findall(r"--\w+", PUBLISHED["cub"] + command)} | {"--nnodes", "--nproc_per_node"}
+        lines = [line for line in complete.splitlines() if line.startswith("--")]
+        of_model = "\n".join(line for line in lines if re.findall(r"--\w+", line)[0] not in of_data)
+        command = command.replace("< model specific parameters >", of_model)
+    return command.replace("<base path to dataset>", shlex.quote(str(data)) if isinstance(data, Path) else data)
+
+
+#: Smaller trunks, for speed; the complete command is tried with its own.
 SMALL_TIMM = "config.MODEL.TRUNK.OPTIONS={embed_dim:48,depth:2,num_heads:4}"
-SMALL = dict.fromkeys(COMMANDS, SMALL_TIMM) | {
-    "siim_acr": "config.MODEL.TRUNK.OPTIONS={image_size:518,hidden_size:48,num_hidden_layers:2,num_attention_heads:4}"
-}
+SMALL = {
+    "complete": [], "cub": [SMALL_TIMM], "waterbirds": [SMALL_TIMM], "meta_shift": [SMALL_TIMM],
+    "siim_acr": ["config.MODEL.TRUNK.OPTIONS={image_size:518,hidden_size:48,num_hidden_layers:2,num_attention_heads:4}"],
+}  # fmt: skip
 #: Every flag of the two-stage trainer's parser, and those that its losses and data sets read beside.
 PARSER = """
 model_arch use_hf_transformers use_torchvision_resnet_model data_path image_sub_path_train image_sub_path_test dataset
@@ -137,7 +67,7 @@ model_ema_force_cpu model_ema_decay no_model_ema_warmup use_bce_loss bce_sum bce
 
 
 def test_the_documents_command() -> None:
-    found = ifam.translate(COMMANDS["cub"].replace("{root}", "<base path to dataset>"))
+    found = ifam.translate(published("complete"))
     assert found.overrides["config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE"] == 2.828e-6
     assert found.overrides["config.OPTIMIZER.PARTS.SCRATCH_LR_FACTOR"] == 1e4
     assert found.overrides["config.DISTRIBUTED.NUM_PROC_PER_NODE"] == 8
@@ -206,15 +136,64 @@ def test_an_ignored_split_is_said() -> None:
     assert any("--train_split 0.8: the original reads it and trains on all images" in line for line in notices)
 
 
-def test_every_flag_becomes_something_or_is_said_to_have_no_counterpart() -> None:
-    for flag, (kind, default) in ifam_flags.FLAGS.items():
-        value = {bool: "", list: " 1 2", int: " 3", float: " 0.5", str: f" {default or 'word'}"}[kind]
-        value = " ema" if flag == "averaging_type" else value
-        for script in ifam_flags.SCRIPTS:
-            found = ifam.translate(f"train.py --{flag}{value}", script=script)
-            plain = ifam.translate("train.py", script=script)
-            said = flag in found.without or any(flag in line for line in found.notices)
-            assert said or found.overrides.keys() >= plain.overrides.keys(), (flag, script)
+#: Flags that become no option, in any script.
+WITHOUT = {
+    *("use_zero", "resplit", "recount", "shear_x", "shear_y", "scheduler_restart_factor", "cosine_cycle_limit"),
+    *("model_ema_force_cpu", "metadata_path", "species_id_to_name_file", "turn_on_mixup_or_cutmix", "resume_training"),
+}
+#: And in one that does not have them.
+OF_SINGLE = {"gumbel_softmax_hard", "modulation_type", "modulation_orth", "classifier_type", "noise_variance"}
+OF_TIMM = {"augmentations_to_use", "aa", "color_jitter", "train_interpolation", "reprob", "remode"}
+MASKS = {"mask_sub_path_train", "mask_sub_path_test"}
+WITHOUT_IN = {
+    "train_net": {"drop_path"} | OF_SINGLE | MASKS,
+    "train_net_pdisco": {"drop_path_stage_1"} | MASKS,
+    "train_net_baseline": {"drop_path_stage_1"} | OF_SINGLE | MASKS,
+    "train_net_decoupled": {"drop_path_stage_1", "mask_sub_path"} | OF_SINGLE | OF_TIMM,
+}
+
+
+@pytest.mark.parametrize("script", ifam_flags.SCRIPTS)
+def test_every_flag_becomes_an_option_or_is_said_to_have_none(script: str) -> None:
+    found = {flag: ifam_table.effect(flag, script) for flag in ifam_flags.FLAGS}
+    assert {flag for flag, (keys, _) in found.items() if not keys} == WITHOUT | WITHOUT_IN[script]
+    silent = {flag for flag, (keys, reason) in found.items() if not keys and not reason}
+    assert silent == {"resume_training"}  # a notice says that a run always goes on
+
+
+@pytest.mark.parametrize(
+    ("text", "flag", "said"),
+    [
+        ("train_net.py --dataset imagenet --image_sub_path_train a", "image_sub_path_train", "folders of its own"),
+        ("train_net.py --dataset flowers102 --image_sub_path_test a", "image_sub_path_test", "folders of its own"),
+        ("train_net.py --dataset siim_acr --hflip 0.1", "hflip", "no effect together with the other flags"),
+        ("train_net.py --dataset waterbirds --train_split 0.5", "train_split", "CUB and NABirds only"),
+        ("train_net_pdisco.py --freeze_params_stage_1 --freeze_params", "freeze_params_stage_1", "no effect"),
+        ("train_net.py --dataset siim_acr --eval_mode val", "", "--eval_mode val: siim_acr has no validation images"),
+        ("train_net.py --eval_mode worst_case", "", "--eval_mode worst_case: a part of Waterbirds; of cub all"),
+    ],
+)
+def test_flags_that_others_make_void_are_said(text: str, flag: str, said: str) -> None:
+    found = ifam.translate(text)
+    assert list(found.without) == [flag] * bool(flag)
+    assert said in found.without[flag] if flag else any(said in line for line in found.notices)
+    assert not any("SUBSET" in key for key in found.overrides)
+
+
+def test_scripts_whose_defaults_are_not_all_known_say_so() -> None:
+    for script in ifam_flags.SCRIPTS[1:]:
+        notices = ifam.translate("train.py --epochs 3", script=script).notices
+        (line,) = [line for line in notices if "flags that are not given have defaults" in line]
+        assert "--model_arch hf_hub:timm/" in line and "--epochs" not in line
+        assert ("--lr " in line) == (script != "train_net_baseline")  # whose learning rate is known
+    assert not any("have defaults" in line for line in ifam.translate("train_net.py").notices)
+
+
+def test_lists_of_numbers_are_written_in_any_way() -> None:
+    found = ifam.translate("train_net.py --cutmix_minmax 2e-1 .8 --intervention_fixed_part_id 1 2 --lr 1E-5").overrides
+    assert found["config.DATA.MIX.CUTMIX_MINMAX"] == [0.2, 0.8]
+    assert found["config.EVALUATE_PARTS.FIXED_PARTS"] == [1, 2]
+    assert found["config.OPTIMIZER.PARAM_SCHEDULERS.LR.START_VALUE"] == 1e-5
 
 
 def test_the_table_says_of_every_flag_what_becomes_of_it() -> None:
@@ -290,11 +269,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_translated_commands_pass_a_dry_run(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = ifam.translate(COMMANDS[name].replace("{root}", shlex.quote(str(root))))
+    found = ifam.translate(published(name, root))
+    assert not found.without
     words = [word for word in found.words() if "RUN.DIR" not in word]
-    code = main([*words, SMALL[name], "config.RUN.DRY_RUN=true"])
+    code = main([*words, *SMALL[name], "config.RUN.DRY_RUN=true"])
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "Model (built without memory)" in out and "TRAIN: 128 images" in out

@@ -61,6 +61,10 @@ def test_trunks_of_libraries_are_taken_by_their_prefix(name: str) -> None:
         ),
         (["config.DATA.VAL.DATA_PATHS=[x]"], "needs config.DATA.VAL.DATA_SOURCES=[disk_folder]"),
         (["config.DATA.TRAIN.DATA_SOURCES=[]"], "config.DATA.TRAIN.DATA_SOURCES=[]: the engine train needs data here"),
+        (
+            ["config.DATA.TEST.DATA_SOURCES=[waterbirds,cub]", "config.DATA.TEST.SUBSET=worst_case"],
+            "config.DATA.TEST.SUBSET='worst_case': only waterbirds and toy_waterbirds have such a part, cub (",
+        ),
         (["config.DATA.TRAIN.DATA_LIMIT_SAMPLING.IS_BALANCED=true"], "needs config.DATA.TRAIN.DATA_LIMIT"),
         (["config.MODEL.HEAD.PARAMS=[mlp]"], "a head is [name, {options}]"),
         (["config.MODEL.NAME=parts", "config.MODEL.PARTS.USE_SOFT_MASKS=true"], "does not read it, only two_stage"),

@@ -41,6 +41,13 @@ def request(path: Path, split: str = "TRAIN", **options: Any) -> SourceRequest:
     return SourceRequest(split, 0, "", str(path), Split(**options), TrainSplit())
 
 
+#: Files of a CUB folder whose lines begin with the id of an image.
+OF_IMAGES = (
+    *("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt"),
+    "parts/part_locs.txt",
+)
+
+
 # ----------------------------------------------------------------------------------------------------------- toy birds
 def test_toy_birds_are_drawn_alike_every_time(drawn: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
@@ -73,6 +80,11 @@ def test_backgrounds_agree_with_the_class_as_often_as_asked(tmp_path: Path) -> N
     assert np.bincount(test.groups, minlength=4).tolist() == [2, 2, 2, 2]
     found = groups_of(SubsetSource(test, np.array([0, 1])))
     assert found is not None and found[0].tolist() == test.groups[:2].tolist()
+    for subset, groups in (("worst_case", (2, 1)), ("best_case", (3, 0))):  # waterbirds first, as in the original
+        chosen = WaterbirdsSource(tmp_path, split="TEST", subset=subset)
+        expected = [path for group in groups for path, own in zip(test.paths, test.groups) if own == group]
+        assert chosen.paths.tolist() == expected and len(expected) == 4
+        assert chosen.labels is not None and chosen.labels.tolist() == [1, 1, 0, 0]
     assert annotation(test, "mask", 0).any()
 
 
@@ -245,17 +257,31 @@ def test_a_mark_of_utf_8_before_the_first_id_is_no_part_of_it(cub: Path) -> None
 
 
 def test_nabirds_ids_are_words_and_class_numbers_have_gaps(cub: Path) -> None:
-    for file in cub.glob("*.txt"):
-        if file.name in ("classes.txt", toybirds.DONE):
-            continue
-        lines = [line.split() for line in file.read_text().splitlines()]
-        file.write_text("\n".join(" ".join([f"id-{words[0]}", *words[1:]]) for words in lines) + "\n")
+    """The lines of every file in an order of its own; images come in that of train_test_split.txt."""
+    before = CubFolder(cub)
+    points, boxes = before.keypoints, before.boxes
+    random = np.random.default_rng(0)
+    for name in OF_IMAGES:
+        lines = [f"id-{line}" for line in (cub / name).read_text().splitlines()]
+        (cub / name).write_text("\n".join(lines[i] for i in random.permutation(len(lines))) + "\n")
     labels = cub / "image_class_labels.txt"
     labels.write_text("\n".join(f"{w[0]} {int(w[1]) * 10}" for w in map(str.split, labels.read_text().splitlines())))
     (cub / "classes.txt").write_text("\n".join(f"{10 * k} class {k}" for k in range(1, 9)))
     folder = CubFolder(cub)
     assert folder.class_names == [f"class {k}" for k in range(1, 9)]
-    assert folder.labels.tolist() == sorted(folder.labels.tolist()) and folder.labels.max() == 7
+    listed = [line.split() for line in (cub / "train_test_split.txt").read_text().splitlines()]
+    train = [image for image, is_train in listed if is_train == "1"]
+    wanted = {"TRAIN": train[:18], "VAL": train[18:], "TEST": [image for image, flag in listed if flag == "0"]}
+    assert train != sorted(train, key=folder.ids.index)
+    for split, ids in wanted.items():
+        source = CubSource(folder, folder.rows(split, TrainSplit(FRACTION=0.75, ORDER="file")), name="nabirds")
+        assert [folder.ids[row] for row in source.rows] == ids
+        for row, image in enumerate(ids):
+            old = before.ids.index(image.removeprefix("id-"))
+            assert source.path(row) == f"images/{before.paths[old]}"
+            assert source.labels is not None and source.labels[row] == before.labels[old]
+            assert np.array_equal(source.keypoints(row), points[old])
+            assert np.array_equal(source.box(row), boxes[old])
 
 
 @pytest.mark.parametrize(
@@ -364,7 +390,7 @@ def test_part_imagenet(tmp_path: Path) -> None:
         ],
         "categories": [{"id": 5, "name": "Fish Fin"}, {"id": 2, "name": "Fish Head"}],
         "annotations": [
-            {"id": 0, "image_id": 3, "category_id": 2, "area": 9, "segmentation": [[1, 2, 4, 3]]},
+            {"id": 0, "image_id": 3, "category_id": 2, "area": 9, "segmentation": [[1, 2, 4, 5]], "bbox": [1, 2, 4, 3]},
             {"id": 1, "image_id": 3, "category_id": 5, "area": 9, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]},
             {"id": 2, "image_id": 7, "category_id": 5, "area": 0, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]},
             {"id": 3, "image_id": 7, "category_id": 5, "area": 9, "iscrowd": 1, "segmentation": []},
@@ -375,9 +401,13 @@ def test_part_imagenet(tmp_path: Path) -> None:
     assert source.part_names == ["Fish Head", "Fish Fin"] and source.class_names == ["n01440764", "n01443537"]
     assert source.paths.tolist() == ["n01440764_1.JPEG", "n01443537_2.JPEG"]
     head, fin = source.part_masks(0)
-    assert np.argwhere(head).tolist() == [[r, c] for r in range(2, 5) for c in range(1, 5)]  # x, y, width, height
+    assert np.argwhere(head).tolist() == [[r, c] for r in range(2, 5) for c in range(1, 5)]  # its bbox
     assert fin.sum() == 16 and fin[:4, :4].all()
     assert not source.part_masks(1).any() and source.mask(0).sum() == (head | fin).sum()
+    damaged = content | {"annotations": [{**content["annotations"][0], "id": 44, "bbox": [1, 2, 4]}]}
+    (tmp_path / "val.json").write_text(json.dumps(damaged))
+    with pytest.raises(DataError, match=r"val.json: annotation 44 has a polygon of four numbers, .*bbox \[1, 2, 4\]"):
+        PartImageNetSource.build(request(tmp_path, "VAL")).part_masks(0)
     # a test without fish of the first kind
     fish = content | {"images": content["images"][:1], "annotations": content["annotations"][2:]}
     (tmp_path / "test.json").write_text(json.dumps(fish))

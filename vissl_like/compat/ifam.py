@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from vissl_like.compat.ifam_flags import (
     BASELINE,
+    DECISIVE,
     DECOUPLED,
     DOCUMENTED,
     FLAGS,
     SINGLE,
     SINGLE_ONLY,
+    STATED,
     TWO_STAGE,
     Command,
     read_command,
@@ -41,24 +45,57 @@ _SIIM = {"mean": [0.48865] * 3, "std": [0.24621] * 3}
 def translate(text: str, *, script: str = "") -> Translation:
     """The recipe and the overrides that do what a command of the original is meant to do."""
     command = read_command(text, script=script)
-    result = Translation(recipe="parts/ifam", notices=command.notices)
+    result = _translated(command)
     single = [f"--{flag}" for flag in SINGLE_ONLY if flag in command.given]
     if single and command.script == TWO_STAGE and not script:
         result.notices.append(
             f"{', '.join(single)}: PDiscoFormer has this, whose script is called train_net, too; for a command of it write "
             f"`translate ifam --script {SINGLE} -- ...`. Here it is read as iFAM's, with two stages"
         )
-    for part in (_model, _parts, _data, _optimizer, _losses, _run, _tracking, _without):
-        part(command, result)
-    for flag in DOCUMENTED:
-        is_open = any(line.startswith(f"--{flag} <") for line in command.notices)
-        if command.script == TWO_STAGE and flag not in command.given and not is_open:
-            result.notices.append(
-                f"--{flag} is not given: {FLAGS[flag][1]} as the parser has it (the documentation says {DOCUMENTED[flag]})"
-            )
-    unasked = set(command.given) - command.asked
-    assert not unasked, f"flags that nothing translates: {unasked}"
+    result.notices += _defaults_taken(command)
+    for flag in _lost(command, result):
+        result.without[flag] = _WITHOUT.get(flag, "has no effect together with the other flags")
     return result
+
+
+def _translated(command: Command) -> Translation:
+    result = Translation(recipe="parts/ifam", notices=command.notices)
+    for part in (_model, _parts, _data, _optimizer, _losses, _run, _tracking):
+        part(command, result)
+    return result
+
+
+def _lost(command: Command, result: Translation) -> Iterator[str]:
+    """Given flags that nothing asked for, or whose value changes nothing and that no notice names."""
+    given = dict(command.given)
+    for flag, value in command.given.items():
+        rest = {other: given[other] for other in given if other != flag}
+        without = _translated(replace(command, given=rest, notices=[], asked=set()))
+        if without.overrides != result.overrides:
+            continue
+        given = rest  # of two flags that say the same, one counts
+        is_said = any(re.search(rf"--{flag}\b", line) for line in result.notices)
+        is_meant = flag not in command.asked or (value != command.default(flag) and not is_said)
+        if is_meant and value != _DONE_ANYWAY.get(flag):
+            yield flag
+
+
+def _defaults_taken(command: Command) -> list[str]:
+    """Notices of defaults that a user of this script may not expect."""
+    left_out = [flag for flag in FLAGS if flag not in command.given]
+    if command.script != TWO_STAGE:
+        assumed = [flag for flag in DECISIVE if flag in left_out and flag not in STATED.get(command.script, ())]
+        source = "the baseline and the two-stage trainer" if command.script == DECOUPLED else "the two-stage trainer"
+        listed = "".join(f"--{flag} {command.default(flag)}, " for flag in assumed)
+        return [
+            f"{command.script}: flags that are not given have defaults of {source}, perhaps not its own: {listed}..."
+        ]
+    is_open = {flag for flag in DOCUMENTED for line in command.notices if line.startswith(f"--{flag} <")}
+    return [
+        f"--{flag} is not given: {FLAGS[flag][1]} as the parser has it (the documentation says {value})"
+        for flag, value in DOCUMENTED.items()
+        if flag in left_out and flag not in is_open
+    ]
 
 
 def _model(command: Command, result: Translation) -> None:
@@ -208,7 +245,12 @@ def _evaluated_part(command: Command, result: Translation) -> None:
         raise ConfigError(f"translate: --eval_mode {mode}: val, test, or for Waterbirds worst_case or best_case.")
     dataset = command["dataset"]
     if mode in ("worst_case", "best_case"):
-        result.overrides["config.DATA.TEST.SUBSET"] = mode
+        if dataset == "waterbirds":
+            result.overrides["config.DATA.TEST.SUBSET"] = mode
+        else:
+            result.notices.append(
+                f"--eval_mode {mode}: a part of Waterbirds; of {dataset} all test images are measured"
+            )
     elif mode == "val" and dataset == "waterbirds":
         result.overrides["config.DATA.TEST.USE_SPLIT"] = "VAL"
     elif mode == "val" and dataset in ("cub", "nabirds"):
@@ -218,6 +260,8 @@ def _evaluated_part(command: Command, result: Translation) -> None:
             result.notices.append(
                 "--eval_mode val with all images in training: the original evaluates nothing; here TEST"
             )
+    elif mode == "val" and command.has("eval_mode"):
+        result.notices.append(f"--eval_mode val: {dataset} has no validation images here; its test images are measured")
 
 
 def _normalize(command: Command) -> dict[str, Any]:
@@ -387,6 +431,10 @@ def _tracking(command: Command, result: Translation) -> None:
             result.overrides[below + name] = command[flag]
 
 
+#: Values of flags that say what is done in any case where they change nothing.
+_DONE_ANYWAY = {
+    "eval_mode": "test", "train_split": 1.0, "augmentations_to_use": "siim_acr", "pretrained_start_weights": True,
+}  # fmt: skip
 #: Flags without a counterpart, and why.
 _WITHOUT = {
     "use_zero": "no ZeRO-1; config.DISTRIBUTED.STRATEGY=fsdp shards the optimizer's state, too",
@@ -405,7 +453,14 @@ _WITHOUT = {
     "turn_on_mixup_or_cutmix": "on where --mixup or --cutmix is above 0",
     "anno_path_train": "only PartImageNet has annotation files",
     "anno_path_test": "only PartImageNet has annotation files",
-    "image_sub_path": "stands for both sub-paths",
+    "image_sub_path": "stands for both sub-paths; they are given, or the data set has folders of its own",
+    "image_sub_path_train": "the data set has folders of its own",
+    "image_sub_path_test": "the data set has folders of its own",
+    "train_split": "CUB and NABirds only",
+    "augmentations_to_use": "radiographs, and images with given masks, have transforms of their own",
+    "model_ema_decay": "nothing is averaged without --averaging_type ema",
+    "no_model_ema_warmup": "nothing is averaged without --averaging_type ema",
+    "array_training_job": "no --snapshot_dir is given, or the run goes on in it",
     "mask_sub_path": "only SIIM-ACR has this folder",
     "mask_sub_path_train": "masks are given to the decoupled model only",
     "mask_sub_path_test": "masks are given to the decoupled model only",
@@ -415,11 +470,3 @@ _WITHOUT = {
     "classifier_type": "the two-stage model has one linear classifier, as here by default",
     "noise_variance": "PDiscoFormer's single-stage model only",
 }
-
-
-def _without(command: Command, result: Translation) -> None:
-    """Say of given flags that have not become anything why not."""
-    for flag in command.given:
-        if flag not in command.asked or flag in ("use_zero", "model_ema_force_cpu"):
-            result.without[flag] = _WITHOUT.get(flag, "has no effect together with the other flags, here as there")
-            command.asked.add(flag)

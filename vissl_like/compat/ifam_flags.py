@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +74,16 @@ DOCUMENTED = {
     "train_split": 1, "eval_mode": "test", "save_every_n_epochs": 16, "image_size": 518, "optimizer_type": "adamw",
     "weight_decay": 0.05,
 }  # fmt: skip
-#: Defaults that differ in the other scripts.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    BASELINE: {"lr": 1e-4, "scratch_lr_factor": 100.0, "weight_decay": 0.05, "grad_norm_clip": 0.0},
-    DECOUPLED: {"lr": 1e-4, "scratch_lr_factor": 100.0, "weight_decay": 0.05, "grad_norm_clip": 0.0},
-}
+_OF_BASELINE = {"lr": 1e-4, "scratch_lr_factor": 100.0, "weight_decay": 0.05, "grad_norm_clip": 0.0}
+#: Defaults that differ in other scripts. The decoupled model is trained as the baseline is.
+DEFAULTS: dict[str, dict[str, Any]] = {BASELINE: _OF_BASELINE, DECOUPLED: _OF_BASELINE}
+#: What is known of the other scripts' defaults; all else is the two-stage trainer's, and said.
+STATED: dict[str, Collection[str]] = {BASELINE: _OF_BASELINE}
+#: Flags whose defaults decide most about a training.
+DECISIVE = (
+    "model_arch", "image_size", "batch_size", "epochs", "lr", "scratch_lr_factor", "optimizer_type", "scheduler_type",
+    "weight_decay", "grad_norm_clip", "augmentations_to_use", "train_split", "eval_mode",
+)  # fmt: skip
 
 
 @dataclass
@@ -94,7 +99,11 @@ class Command:
 
     def __getitem__(self, flag: str) -> Any:
         self.asked.add(flag)
-        return self.given.get(flag, DEFAULTS.get(self.script, {}).get(flag, FLAGS[flag][1]))
+        return self.given.get(flag, self.default(flag))
+
+    def default(self, flag: str) -> Any:
+        """What the flag is where the command does not name it."""
+        return DEFAULTS.get(self.script, {}).get(flag, FLAGS[flag][1])
 
     def has(self, flag: str) -> bool:
         """Whether the command names the flag."""
@@ -169,7 +178,7 @@ def _read_processes(command: Command, words: Sequence[str], position: int) -> in
 def _read_word(command: Command, words: Sequence[str], position: int) -> int:
     """Read what stands at `position`; returns where to go on."""
     word = words[position]
-    if not word.startswith("-") or re.fullmatch(r"-?[\d.]+(e-?\d+)?", word):
+    if not word.startswith("-") or _is_number(word):
         _leave_out(command, word)
         return position + 1
     taken = _read_processes(command, words, position)
@@ -223,12 +232,17 @@ def _switch_on(command: Command, flag: str, *, given: str, is_its: bool) -> None
 
 
 def _while_numbers(words: Sequence[str]) -> list[str]:
-    return list(itertools.takewhile(lambda word: re.fullmatch(r"-?[\d.]+", word), words))
+    return list(itertools.takewhile(_is_number, words))
+
+
+def _is_number(word: str) -> bool:
+    """Whether a word is meant as a number, 1.2.3 among them."""
+    return re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
 
 
 def _number(flag: str, text: str) -> float:
     try:
-        return float(text) if "." in text else int(text)
+        return float(text) if re.search("[.e]", text, re.IGNORECASE) else int(text)
     except ValueError:
         raise ConfigError(f"translate: --{flag} {text}: not a number.") from None
 

@@ -29,6 +29,7 @@ _WITH = {
     "reprob": "--augmentations_to_use timm", "remode": "--augmentations_to_use timm --reprob 0.5",
     "imagenet_default_mean_and_std": "--augmentations_to_use timm",
     "crop_pct": "--augmentations_to_use timm --dataset imagenet --image_size 224", "mask_sub_path": "--dataset siim_acr",
+    "eval_mode": "--dataset waterbirds",
     "array_training_job": "--snapshot_dir runs", "anno_path_train": "--dataset part_imagenet",
     "anno_path_test": "--dataset part_imagenet", "split_type": "--dataset turtle_reid", "wandb_mode": "--wandb",
     "output_stride": "--model_arch resnet50",
@@ -92,7 +93,7 @@ def rows() -> list[Row]:
 
 def _row(flag: str) -> Row:
     script = ELSEWHERE.get(flag, TWO_STAGE)
-    keys, reason = _effect(flag, script)
+    keys, reason = effect(flag, script)
     options = [reference.find(tuple(key.split("."))) for key in keys]
     default = DEFAULTS.get(script, {}).get(flag, FLAGS[flag][1])
     notes = [_NOTES.get(flag, ""), reason]
@@ -106,7 +107,7 @@ def _row(flag: str) -> Row:
     )  # fmt: skip
 
 
-def _effect(flag: str, script: str) -> tuple[tuple[str, ...], str]:
+def effect(flag: str, script: str) -> tuple[tuple[str, ...], str]:
     """The options that the flag changes, and why if there is none."""
     start = f"{script}.py {_WITH.get(flag, '')}"
     before, after = translate(start, script=script), translate(f"{start} --{flag}{_example(flag)}", script=script)

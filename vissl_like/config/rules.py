@@ -25,6 +25,8 @@ _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
 #: Sources that make their folder where it is missing.
 _DRAWN = ("toybirds", "toy_waterbirds")
+#: Sources that know where a bird belongs (SUBSET).
+_WITH_SUBSETS = ("waterbirds", "toy_waterbirds")
 #: Sources that bring or draw their images themselves.
 _WITHOUT_PATH = ("synthetic", "mnist5k", "digits")
 #: Optimizers whose fused step PyTorch has for sharded weights, too.
@@ -195,6 +197,14 @@ def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
                 f"{key}={path!r}: the source {source!r} ({prefix}.DATA_SOURCES) brings its own images and reads no path. "
                 f"For images of yours set {prefix}.DATA_SOURCES=[disk_folder]; else leave DATA_PATHS out.",
             )
+    others = [source for source in options.DATA_SOURCES if source not in _WITH_SUBSETS]
+    if options.SUBSET and others:
+        key = f"{prefix}.SUBSET"
+        yield (
+            key,
+            f"{key}={options.SUBSET!r}: only {' and '.join(_WITH_SUBSETS)} have such a part, {others[0]} "
+            f"({prefix}.DATA_SOURCES) has none. Leave it out.",
+        )
     limits = options.DATA_LIMIT_SAMPLING
     if limits.IS_BALANCED and options.DATA_LIMIT < 0:
         key = f"{prefix}.DATA_LIMIT_SAMPLING.IS_BALANCED"

@@ -26,7 +26,7 @@ _METADATA = ("img_id", "img_filename", "y", "split", "place")
 
 
 class CubFolder:
-    """The tables of one folder, read when they are needed. Rows are those of images.txt."""
+    """The tables of one folder, read when they are needed. Rows are those of images.txt, `order` that of the split's file."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -35,18 +35,19 @@ class CubFolder:
         self.paths = [str(value) for value in self.images["path"]]
         classes, rows = self._of_images("image_class_labels.txt", class_id="i")
         self.class_ids, self.labels = np.unique(classes["class_id"][rows], return_inverse=True)
-        self.is_train = self._split()
+        self.is_train, self.order = self._split()
 
     def _of_images(self, name: str, **fields: str) -> tuple[Table, np.ndarray]:
         """A table with one line per image, and its rows in the order of images.txt."""
         table = read_table(self.root / name, image_id="s", **fields)
         return table, aligned(table, "image_id", self.images)
 
-    def _split(self) -> np.ndarray:
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        """bool (N,), and the rows in the order of train_test_split.txt, int64 (N,)."""
         table, rows = self._of_images("train_test_split.txt", is_train="i")
         for row in np.flatnonzero(~np.isin(table["is_train"], (0, 1))):
             raise table.problem(int(row), f"is_train is {table['is_train'][row]}, not 1 (train) or 0 (test).")
-        return table["is_train"][rows] == 1
+        return table["is_train"][rows] == 1, np.argsort(rows)
 
     @functools.cached_property
     def class_names(self) -> list[str]:
@@ -105,10 +106,10 @@ class CubFolder:
         return points
 
     def rows(self, split: str, options: TrainSplit) -> np.ndarray:
-        """Rows of TRAIN, VAL or TEST in the order of images.txt. VAL is what FRACTION leaves of the training images."""
+        """Rows of TRAIN, VAL or TEST as train_test_split.txt lists them. VAL is what FRACTION leaves of the training images."""
         if split == "TEST":
-            return np.flatnonzero(~self.is_train)
-        train = np.flatnonzero(self.is_train)
+            return self.order[~self.is_train[self.order]]
+        train = self.order[self.is_train[self.order]]
         kept = kept_rows(self.labels[train], options)
         return train[kept if split == "TRAIN" else np.setdiff1d(np.arange(len(train)), kept)]
 
@@ -217,12 +218,14 @@ class WaterbirdsSource(ImageFiles):
         mask_folder: str = "",
         name: str = "waterbirds",
     ) -> None:
-        """`subset`: worst_case (y differs from place), best_case (they agree) or "" for all."""
+        """`subset`: worst_case (y differs from place), best_case (they agree), both with waterbirds first, or "" for all."""
         y, place, of_split, files = _metadata(root / image_folder / "metadata.csv")
         kept = of_split == _WATERBIRDS_SPLITS[split]
         if subset:
             kept &= (y == place) == (subset == "best_case")
         rows = np.flatnonzero(kept)
+        if subset:
+            rows = rows[np.argsort(-y[rows], kind="stable")]  # as the original program lists them
         if not len(rows):
             what = f"{split} (split {_WATERBIRDS_SPLITS[split]})" + f" of {subset}" * bool(subset)
             raise DataError(f"{root / image_folder / 'metadata.csv'}: has no image of {what}.")

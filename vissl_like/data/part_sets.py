@@ -82,7 +82,7 @@ class PartImageNetSource(ImageFiles):
             number = self._part_number.get(annotation["category_id"])
             if number is None:
                 raise DataError(f"{self._annotations}: annotation {annotation.get('id')} has an unknown category.")
-            masks[number] |= _decoded(annotation["segmentation"], height=height, width=width)
+            masks[number] |= _decoded(annotation, height=height, width=width, file=self._annotations)
         return masks
 
     def mask(self, row: int) -> np.ndarray:
@@ -118,9 +118,9 @@ def _coco_masks() -> Any:
     return mask
 
 
-def _decoded(segmentation: Any, *, height: int, width: int) -> np.ndarray:
-    """bool (H, W) of COCO polygons or run lengths. Four numbers are no polygon but a box: x, y, width, height."""
-    coco = _coco_masks()
+def _decoded(annotation: dict[str, Any], *, height: int, width: int, file: Path) -> np.ndarray:
+    """bool (H, W) of COCO polygons or run lengths. Four numbers are no polygon: the annotation's `bbox` counts instead."""
+    coco, segmentation = _coco_masks(), annotation["segmentation"]
     if isinstance(segmentation, dict):
         runs = segmentation
         if isinstance(runs["counts"], list):
@@ -128,11 +128,21 @@ def _decoded(segmentation: Any, *, height: int, width: int) -> np.ndarray:
         return coco.decode(runs).astype(bool)
     whole = np.zeros((height, width), dtype=bool)
     for polygon in segmentation:
-        if len(polygon) == 4:
-            x, y, w, h = polygon
-            polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-        whole |= coco.decode(coco.merge(coco.frPyObjects([polygon], height, width))).astype(bool)
+        corners = _box_corners(annotation, file=file) if len(polygon) == 4 else polygon
+        whole |= coco.decode(coco.merge(coco.frPyObjects([corners], height, width))).astype(bool)
     return whole
+
+
+def _box_corners(annotation: dict[str, Any], *, file: Path) -> list[float]:
+    """The polygon of an annotation's `bbox`: x, y, width, height. Raises DataError where it has none."""
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)):
+        raise DataError(
+            f"{file}: annotation {annotation.get('id')} has a polygon of four numbers, and for its bbox {box!r} instead of "
+            "[x, y, width, height]. Give it a polygon of three points or more, or its bbox."
+        )
+    x, y, w, h = box
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
 
 
 class FlowersSource(ImageFiles):
