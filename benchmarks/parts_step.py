@@ -21,49 +21,29 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.nn.functional as F
 from _rounds import in_words, ratios
 from torch import Tensor
 
-from vissl_like.config.schema_model import Model
-from vissl_like.losses import affine, parts
+from vissl_like.config.schema_model import Loss, Model
 from vissl_like.models.masked_vit import Decoupled
 from vissl_like.models.part_zoo import build_part_model
 from vissl_like.models.two_stage import TwoStage
+from vissl_like.tasks.parts import Parts
 
 ARCHITECTURE = "timm/vit_small_patch14_reg4_dinov2"
 SIZE = (224, 224)
 GRID = (16, 16)
+NUM_CLASSES = 200
 
 
 def build(kind: str, device: str, **options: Any) -> Any:
     """What the program itself builds."""
     torch.manual_seed(0)
     model = Model.model_validate({"TRUNK": {"NAME": ARCHITECTURE}, "PARTS": {"NUM_PARTS": 8} | options})
-    return build_part_model(kind, model, num_classes=200, image_size=SIZE).to(device)
+    return build_part_model(kind, model, num_classes=NUM_CLASSES, image_size=SIZE).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-def step(model: TwoStage, images: Tensor, labels: Tensor) -> Tensor:
-    """Forward and backward with every loss of the default configuration."""
-    change = affine.draw_affine(SIZE, degrees=90, translate=(0.11, 0.11), scale=(0.8, 1.4))
-    found = model(images, twin=affine.warp(images, change))
-    one, twin = found.stage_one, found.twin
-    assert twin is not None
-    maps, back = one.maps, affine.warp_back(twin.maps, change, image_size=SIZE)
-    losses = [
-        F.cross_entropy(found.logits.float(), labels),
-        F.cross_entropy(one.logits, labels),
-        parts.total_variation(maps),
-        2 * parts.enforced_presence(maps[:, -1]),
-        parts.presence(parts.part_peaks(maps[:, :-1])),
-        parts.pixel_wise_entropy(maps),
-        parts.orthogonality(one.features),
-        parts.equivariance(maps[:, :-1], back[:, :-1]),
-    ]
-    return torch.stack(losses).sum()
-
-
 def limit(model: TwoStage, images: Tensor) -> Tensor:
     """The backbones alone, as timm runs them."""
     first, second = (model.trunk[stage].backbone for stage in ("stage_1", "stage_2"))
@@ -72,14 +52,15 @@ def limit(model: TwoStage, images: Tensor) -> Tensor:
 
 
 def training(arguments: argparse.Namespace) -> None:
-    """Ratio of step and limit, for hard masks without and with the straight-through gradient."""
+    """Ratio of the task's step (all losses of the default configuration) and limit, without and with mask gradient."""
     device, batch = arguments.device, arguments.batch
     images = torch.randn(batch, 3, *SIZE, device=device)
-    labels = torch.randint(0, 200, (batch,), device=device)
+    data = {"data": images, "label": torch.randint(0, NUM_CLASSES, (batch,), device=device)}
     for gradient in ("none", "straight_through"):
         model = build("two_stage", device, MASK_GRADIENT=gradient).train()
+        task = Parts(model, loss=Loss(), num_classes=NUM_CLASSES)
         losses: dict[str, Callable[[], Tensor]] = {
-            "step": lambda model=model: step(model, images, labels),
+            "step": lambda task=task: task(data)["loss"],
             "limit": lambda model=model: limit(model, images),
         }
 

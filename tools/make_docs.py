@@ -98,9 +98,10 @@ vissl-like translate ifam -- train_net.py --dataset cub --data_path CUB_200_2011
 ```
 
 which prints our command, ready to be pasted, and as comments what was repaired in theirs and which flags have no
-counterpart. (From a checkout: `python tools/translate.py ifam -- ...`; a file: `vissl-like translate ifam < FILE`.) What
-a command does not say is filled in with the defaults of its parser, as the recipe `parts/ifam` has them; the settings of
-the papers are the recipes `parts/ifam_*` and `parts/pdiscoformer_*`.
+counterpart, or no effect beside the others. (From a checkout: `python tools/translate.py ifam -- ...`; a file:
+`vissl-like translate ifam < FILE`.) What a command does not say is filled in with the defaults of its parser, as the recipe
+`parts/ifam` has them (of the other scripts few are known: they get the two-stage trainer's, and a comment says so); the
+settings of the papers are the recipes `parts/ifam_*` and `parts/pdiscoformer_*`.
 
 *Default there* is that of the parser, *default here* that of the option in the schema. Keys stand below `config.`; {TRAIN,TEST}
 stands for both. Where a key is a list of transforms, the flag sets what stands in it.
