@@ -32,7 +32,7 @@ _WITH = {
     "eval_mode": "--dataset waterbirds",
     "array_training_job": "--snapshot_dir runs", "anno_path_train": "--dataset part_imagenet",
     "anno_path_test": "--dataset part_imagenet", "split_type": "--dataset turtle_reid", "wandb_mode": "--wandb",
-    "output_stride": "--model_arch resnet50",
+    "output_stride": "--model_arch resnet50", "gumbel_softmax_hard": "--gumbel_softmax",
 }  # fmt: skip
 #: Values that show what a flag does, where any other text or number than the default will not do.
 _EXAMPLES = {
