@@ -142,6 +142,7 @@ def _config(*overrides: str) -> tuple[Config, tuple[str, ...]]:
             "OPTIMIZER.PARAM_SCHEDULERS.LR.AUTO_LR_SCALING.AUTO_SCALE",
             True,
         ),
+        ("OPTIMIZER.param_schedulers.lr.num_decays=2", "OPTIMIZER.PARAM_SCHEDULERS.LR.NUM_DECAYS", 2),
         ("LOSS.name=cross_entropy_multiple_output_single_target", "LOSS.NAME", "cross_entropy"),
         ("LOSS.NAME=bce_logits_multiple_output_single_target", "LOSS.NAME", "bce_logits"),
         (
@@ -184,7 +185,7 @@ def test_old_name_of_the_paths() -> None:
 def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:
     config, notes = _config(
         "config.OPTIMIZER.param_schedulers.lr={name: composite, schedulers: [{name: linear, start_value: 0.1, "
-        "end_value: 0.2}, {name: step_with_fixed_gamma, num_updates: 2}], lengths: [0.5, 0.5], "
+        "end_value: 0.2}, {name: step_with_fixed_gamma, num_decays: 2}], lengths: [0.5, 0.5], "
         "interval_scaling: [rescaled, fixed]}"
     )
     schedule = config.OPTIMIZER.PARAM_SCHEDULERS.LR
@@ -205,6 +206,23 @@ def test_children_of_a_composite_schedule_may_have_lower_case_keys() -> None:
 )
 def test_what_has_no_equivalent_is_an_error_with_the_reason(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match="VISSL has this option, but") as caught:
+        _config(f"config.{override}")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("OPTIMIZER.param_group_constructor=dino", "OPTIMIZER.GROUPS"),
+        ("OPTIMIZER.PARAM_GROUP_CONSTRUCTOR=linear_eval_heads", "OPTIMIZER.GROUPS"),
+        ("METERS.NAMES=[accuracy_list_meter,mean_ap_meter]", "config.METERS.NAMES=mean_ap_meter: "),
+        ("METERS.name=mean_ap_meter", "mean_ap_list_meter measures one head"),
+        ("DATA.TRAIN.COLLATE_FUNCTION=simclr_collator", "one view"),
+        ("DATA.TEST.COLLATE_FUNCTION=cutmixup_collator", "DATA.MIX"),
+    ],
+)
+def test_values_without_equivalent_are_errors_with_the_reason(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="VISSL has this value, but") as caught:
         _config(f"config.{override}")
     assert words in str(caught.value)
 

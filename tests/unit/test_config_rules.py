@@ -173,6 +173,12 @@ def test_milestones_beyond_the_end_are_a_warning() -> None:
     )
 
 
+def test_a_label_type_that_does_not_count_is_said() -> None:
+    overrides = ["config.DATA.TRAIN.LABEL_SOURCES=[synthetic]", "config.DATA.TRAIN.LABEL_TYPE=zero"]
+    (note,) = load_job([BASE, *overrides]).notes
+    assert note.endswith("LABEL_TYPE='zero' is ignored: LABEL_SOURCES says where the labels come from.")
+
+
 def test_every_stage_of_a_pipeline_is_checked() -> None:
     stages = "[{NAME: a, CONFIG: {SEED_VALU: 1}}, {NAME: b, RECIPE: debug/supervised_synthetc}]"
     with pytest.raises(ConfigError) as caught:

@@ -352,16 +352,21 @@ def test_joining_labels_by_name() -> None:
 
 # ----------------------------------------------------------------------------------------- where from
 def test_label_types(tmp_path: Path) -> None:
-    make_images(tmp_path)
-    options = {"DATA_PATHS": [str(tmp_path)], "DATA_LIMIT": 3}
+    paths = {"DATA_PATHS": [str(make_images(tmp_path / "images"))]}
+    options = {**paths, "DATA_LIMIT": 3}
     by_row = build_dataset(split("disk_folder", **options, LABEL_TYPE="sample_index"), "TRAIN", seed=0)
     assert by_row.labels is not None and by_row.labels.tolist() == [0, 1, 2] and by_row.num_classes == 3
     zero = build_dataset(split("disk_folder", **options, LABEL_TYPE="zero"), "TRAIN", seed=0, train=True)
     assert zero.labels is not None and zero.labels.tolist() == [0, 0, 0] and zero.num_classes == 1
-    own = build_dataset(
-        split("disk_folder", DATA_PATHS=[str(tmp_path)], LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0
-    )
+    own = build_dataset(split("disk_folder", **paths, LABEL_SOURCES=["disk_folder"]), "TRAIN", seed=0)
     assert own.labels is not None and own.labels.tolist() == [0, 0, 0, 1, 1] and own.class_names == ["a", "b"]
+    written = write_for(own.source, tmp_path / "labels")
+    for kind in ("sample_index", "zero"):  # they count only where nothing else says where labels come from
+        told = split("disk_folder", **paths, LABEL_SOURCES=["disk_folder"], LABEL_TYPE=kind)
+        assert build_dataset(told, "TRAIN", seed=0).class_names == ["a", "b"]
+        check_alignment(
+            build_dataset(split("disk_folder", **paths, LABEL_PATHS=[str(written)], LABEL_TYPE=kind), "TRAIN", seed=0)
+        )
 
 
 def test_a_folder_as_label_path_means_its_classes(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_a_changed_learning_rate_is_a_warning_with_the_numbers() -> None:
     assert "is 0.0125 instead of 0.1, because a step takes 32 images, not 256 (linear scaling" in warning
 
 
+def test_values_that_scaling_changes_in_form_are_named() -> None:
+    """VISSL goes on by the ratio of the first two values; nobody should find that out from the curve."""
+    given = config(
+        "config.OPTIMIZER.PARAM_SCHEDULERS.LR={NAME: multistep, VALUES: [0.1, 0.03, 0.02], MILESTONES: [2, 5], "
+        "AUTO_LR_SCALING: {AUTO_SCALE: true, BASE_VALUE: 0.1, BASE_LR_BATCH_SIZE: 256}}"
+    )
+    (warning, *_) = plan(given, 2).warnings
+    assert "the values [0.1, 0.03, 0.02] do not fall by one factor; scaling puts [0.025, 0.0075, 0.00225]" in warning
+
+
 def test_heads_follow_the_learning_rate_unless_they_have_their_own() -> None:
     found = plan(config())
     assert found.lr_head == found.lr

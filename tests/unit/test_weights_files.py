@@ -56,6 +56,8 @@ def test_safetensors_and_folders(tmp_path: Path) -> None:
         ({"epoch": 1, "model": {"state_dict": STATE}}, ("model", "state_dict")),
         ({"student": STATE, "teacher": STATE}, ("teacher",)),
         ({"classy_state_dict": STATE}, ("classy_state_dict",)),
+        ({"epoch": 1, "best_acc1": torch.tensor(71.2), "state_dict": STATE}, ("state_dict",)),
+        ({**STATE, "ema": STATE}, ()),
     ],
 )
 def test_auto_finds_the_state_dict(tmp_path: Path, content: dict[str, Any], path: tuple[str, ...]) -> None:

@@ -64,6 +64,22 @@ def test_every_tensor_has_one_line(file: dict[str, tuple[int, ...]], remove: str
     assert [row.status for row in plan.rows if row.model_key == "trunk.enc.weight"] == [Status.SKIPPED]
 
 
+def test_words_to_skip_may_have_base_model_in_them() -> None:
+    """A trunk is called trunk.base_model in VISSL's extractor mode; SKIP_LAYERS from its recipes works all the same."""
+    shapes = {"trunk._feature_blocks.a": (2,), "trunk._feature_blocks.b": (3,), "heads.0.w": (2,)}
+    words = ["num_batches_tracked", "trunk.base_model._feature_blocks.a", "heads", "fc."]
+    plan = plan_loading(shapes, shapes, rules=KeyRules(), skip=words)
+    assert [row.model_key for row in plan.of(Status.SKIPPED)] == ["trunk._feature_blocks.a", "heads.0.w"]
+    assert len(plan.notes) == 1 and plan.notes[0].startswith("config.MODEL.WEIGHTS_INIT.SKIP_LAYERS: 'fc.' is in no name")
+
+
+def test_a_trunk_that_is_taken_for_heads_is_named() -> None:
+    shapes = {"trunk.multiheads.w": (2,), "trunk.b": (3,), "heads.0.w": (2,)}
+    (note,) = plan_loading(shapes, shapes, rules=KeyRules(), load_heads=False).notes
+    assert note.startswith("1 tensors of the trunk have 'heads' in their names") and "trunk.multiheads.w" in note
+    assert not plan_loading(shapes, shapes, rules=KeyRules()).notes
+
+
 def test_renames_come_first_and_in_order() -> None:
     rules = rules_of(
         init(

@@ -89,15 +89,12 @@ _SCHEDULE_KEYS = (
     *("auto_lr_scaling.auto_scale", "auto_lr_scaling.base_value", "auto_lr_scaling.base_lr_batch_size"),
     *("auto_lr_scaling.scaling_type", "name", "update_interval", "value", "values", "milestones", "start_value"),
     *("end_value", "base_value", "power", "decay", "gamma", "warmup_interval_length", "restart_interval_length"),
-    *("wave_type", "lr_multiplier", "is_adaptive", "lengths", "interval_scaling"),
+    *("wave_type", "lr_multiplier", "is_adaptive", "lengths", "interval_scaling", "num_decays"),
 )
 MOVED |= {
     f"OPTIMIZER.param_schedulers.{name}.{key}": f"OPTIMIZER.PARAM_SCHEDULERS.{name.upper()}.{key.upper()}"
     for name in _SCHEDULED
     for key in _SCHEDULE_KEYS
-} | {
-    f"OPTIMIZER.param_schedulers.{name}.num_updates": f"OPTIMIZER.PARAM_SCHEDULERS.{name.upper()}.NUM_DECAYS"
-    for name in _SCHEDULED
 }
 
 #: Old names of sections whose keys did not change.
@@ -119,11 +116,8 @@ def _children(new_key: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _upper(options: Any) -> Any:
-    """A child of a composite schedule with its keys in upper case (num_updates became NUM_DECAYS)."""
-    if not isinstance(options, dict):
-        return options
-    renamed = {"num_updates": "NUM_DECAYS", "NUM_UPDATES": "NUM_DECAYS"}
-    return {renamed.get(key, str(key).upper()): value for key, value in options.items()}
+    """A child of a composite schedule with its keys in upper case."""
+    return {str(key).upper(): value for key, value in options.items()} if isinstance(options, dict) else options
 
 
 def _run_id(value: Any) -> dict[str, Any]:
@@ -291,8 +285,38 @@ IGNORED |= {
 }
 
 
+_GROUPS = (
+    "OPTIMIZER.GROUPS gives the parameters whose names match a pattern a factor of the rate and a weight decay of their own"
+)
+_ONE_VIEW = "every image gives one view, and the losses that compare several do not exist here (`list losses`)"
+
+#: Key of ours -> beginnings of values that VISSL has for it, and why there is no equivalent.
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "OPTIMIZER.PARAM_GROUP_CONSTRUCTOR": {"dino": _GROUPS, "linear_eval_heads": _GROUPS},
+    "METERS.NAMES": {"mean_ap_meter": "mean_ap_list_meter measures one head as well as several"},
+    **{
+        f"DATA.{split}.COLLATE_FUNCTION": {
+            **dict.fromkeys(("simclr", "moco", "multicrop", "siamese", "patch_and_image", "ibot"), _ONE_VIEW),
+            "cutmixup": "DATA.MIX mixes images, for TASK.NAME=parts",
+            "targets_one_hot": "labels of several classes are multi-hot rows already; use default_collate",
+            "identity": "samples of a batch are always stacked; use default_collate",
+        }
+        for split in ("TRAIN", "VAL", "TEST")
+    },
+}
+
+
 def translate(path: Path, value: Any) -> Translation | None:
     """What the old key `path` (with its leading `config`) says in our words; None if it is no old name."""
+    found = _translated_key(path, value)
+    for new, given in found.pairs if found is not None else ():
+        refused = _refused_value(".".join(new[1:]), given)
+        if refused is not None:
+            return refused
+    return found
+
+
+def _translated_key(path: Path, value: Any) -> Translation | None:
     if path[:1] != ("config",):
         return _root(".".join(path), value)
     old = ".".join(path[1:])
@@ -320,8 +344,11 @@ def _root(old: str, value: Any) -> Translation | None:
 
 
 def translate_value(path: Path, value: Any) -> Translation | None:
-    """Old values of keys that exist here too: names of losses, a single number where a list is meant."""
+    """Old values of keys that exist here too: names of losses and others, a single number where a list is meant."""
     key = ".".join(path[1:])
+    refused = _refused_value(key, value)
+    if refused is not None:
+        return refused
     if key == "LOSS.NAME" and isinstance(value, str) and value in _LOSS_NAMES:
         return _converted(f"{key}={value}", {key: _LOSS_NAMES[value]})
     if key == "NEAREST_NEIGHBOR.TOPK" and isinstance(value, int) and not isinstance(value, bool):
@@ -355,6 +382,15 @@ def _refused(old: str, value: Any, harmless: tuple[Any, ...], reason: str) -> Tr
     if value in harmless:
         return Translation(note=f"config.{old} is ignored: {reason}.")
     return Translation(note=f"config.{old}={_show(value)}: VISSL has this option, but {reason}.", is_error=True)
+
+
+def _refused_value(key: str, value: Any) -> Translation | None:
+    """The reason against a value (or one of a list's) that VISSL has for this key of ours."""
+    for given in value if isinstance(value, list) else [value]:
+        for beginning, reason in REFUSED_VALUES.get(key, {}).items():
+            if isinstance(given, str) and given.startswith(beginning):
+                return Translation(note=f"config.{key}={given}: VISSL has this value, but {reason}.", is_error=True)
+    return None
 
 
 def _by_section(old: str, value: Any) -> Translation | None:

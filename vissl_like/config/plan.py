@@ -15,7 +15,13 @@ from vissl_like.config.schema import Config
 from vissl_like.config.schema_model import Schedule
 from vissl_like.data.order import steps_per_epoch, unused_rows
 from vissl_like.files import write_json
-from vissl_like.optim.scaling import child_schedules, normalized_weight_decay, scale_factor, scale_schedule
+from vissl_like.optim.scaling import (
+    child_schedules,
+    is_geometric,
+    normalized_weight_decay,
+    scale_factor,
+    scale_schedule,
+)
 
 PLAN_FILE = "plan.json"
 _LR = "OPTIMIZER.PARAM_SCHEDULERS.LR"
@@ -217,13 +223,32 @@ def _scaling_rows(given: Schedule, used: Schedule, rows: list[PlanRow], *, key: 
         reason += "; on one machine the warm-up would not rise and is left out" * lost_warmup
     if describe(given) != describe(used):
         rows.append(PlanRow(key, describe(given), describe(used), reason))
+    warnings = _uneven_values(given, used, key=key)
     if factor == 1:
-        return []
+        return warnings
     return [
+        *warnings,
         f"config.{key}: the learning rate is {options.BASE_VALUE * factor:g} instead of {options.BASE_VALUE:g}, because "
         f"a step takes {global_batch} images, not {options.BASE_LR_BATCH_SIZE} ({options.SCALING_TYPE} scaling; "
         "AUTO_LR_SCALING.AUTO_SCALE=false turns it off)."
     ]
+
+
+def _uneven_values(given: Schedule, used: Schedule, *, key: str) -> list[str]:
+    """A warning for each list of values whose form scaling changes."""
+    before, after = _multisteps(given), _multisteps(used)
+    return [
+        f"config.{key}: the values {_show(one.VALUES)} do not fall by one factor; scaling puts {_show(other.VALUES)} in "
+        "their place, the series of the first two. AUTO_LR_SCALING.AUTO_SCALE=false leaves values as they are."
+        for one, other in zip(before, after, strict=True)
+        if not is_geometric(one.VALUES)
+    ]
+
+
+def _multisteps(schedule: Schedule) -> list[Schedule]:
+    """The schedules with VALUES: this one, or those of its children."""
+    parts = child_schedules(schedule) if schedule.NAME == "composite" else [schedule]
+    return [part for part in parts if part.NAME in ("step", "multistep")]
 
 
 def describe(schedule: Schedule) -> str:

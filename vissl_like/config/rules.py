@@ -326,6 +326,12 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
 def remarks(job: Job) -> Iterator[Problem]:
     """What is allowed but probably not meant."""
     config = job.config
+    for split in used_splits(job):
+        options: Split = getattr(config.DATA, split)
+        if options.label_type != options.LABEL_TYPE:
+            key = f"config.DATA.{split}.LABEL_TYPE"
+            given = "LABEL_SOURCES" if options.LABEL_SOURCES else "LABEL_PATHS"
+            yield key, f"{key}={options.LABEL_TYPE!r} is ignored: {given} says where the labels come from."
     if job.engine_name == "train":
         yield from _unreached(config)
         if config.CHECKPOINT.BEST_METRIC and not (config.TEST_MODEL and config.DATA.TEST.DATA_SOURCES):

@@ -30,7 +30,9 @@ class Split(Section):
         "A .npy label file per source (or a list of them: multi-label); tied to images by the _images.npy beside it.",
     )
     LABEL_TYPE: Literal["standard", "sample_index", "zero"] = option(
-        "standard", "standard: from LABEL_SOURCES, else the folder's; sample_index: the row; zero: no labels."
+        "standard",
+        "Labels where neither LABEL_SOURCES nor LABEL_PATHS says where they come from. standard: the source's own, such as "
+        "its sub-folders; sample_index: the row; zero: no labels.",
     )
     LABEL_ALIGNMENT: Literal["path", "position"] = option(
         "path", "path: labels must name their images; position: a bare label file of equal length is taken row by row."
@@ -62,6 +64,11 @@ class Split(Section):
     NUM_SYNTHETIC: int = option(64, "Images that the synthetic source makes.", ge=1)
     SYNTHETIC_CLASSES: int = option(4, "Classes of the synthetic source.", ge=1)
     SYNTHETIC_SIZE: int = option(64, "Side of synthetic images in pixels.", ge=1)
+
+    @property
+    def label_type(self) -> str:
+        """LABEL_TYPE in force: it counts only where nothing else says where labels come from."""
+        return "standard" if self.LABEL_SOURCES or self.LABEL_PATHS else self.LABEL_TYPE
 
 
 class Mix(Section):

@@ -23,6 +23,8 @@ from vissl_like.errors import DataError
 Batch = dict[str, Any]
 #: Marks a batch whose outputs do not count.
 STAND_IN = "stand_in"
+#: What stays on the host.
+HOST_ONLY = ("draws", "counts")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,14 +82,14 @@ class Arithmetic:
     def to_device(self, batch: Mapping[str, Any], to_input: Callable[..., Tensor]) -> Batch:
         """The batch on the device; data as the model takes it (`to_input`: what the transforms leave to the device).
 
-        Random numbers of the transforms, `draws`, stay on the host and go no further.
+        Random numbers of the transforms, `draws`, and `counts` stay on the host and go no further.
         """
         device = distributed.current().device
         on_host = device.type == "cpu"  # where the batch is already
         moved = {
             name: value if on_host or not isinstance(value, Tensor) else value.to(device, non_blocking=True)
             for name, value in batch.items()
-            if name != "draws"
+            if name not in HOST_ONLY
         }
         data, draws = batch["data"], batch.get("draws")
         if draws is not None:
@@ -117,8 +119,8 @@ def evaluate(
     """{prefix_loss, prefix_<measure>, ...} over this rank's batches and those of all others; None if interrupted.
 
     Batches do not depend on the number of ranks, each is computed by one thread (several at once on a CPU), counts are
-    whole numbers and losses are summed exactly: so neither processes nor threads change a bit of the results. Rows that
-    are not `valid` (unreadable images) do not count. `epoch`: how many epochs the model has been trained for, for a task
+    whole numbers and losses are summed exactly: so neither processes nor threads change a bit of the results. The loss is
+    the mean over all that it counts, however large the batches are. Rows that are not `valid` (unreadable images) do not count. `epoch`: how many epochs the model has been trained for, for a task
     that draws what it finds; None: nothing is to be drawn.
     """
     parallel.share_buffers(task.model)
@@ -128,32 +130,39 @@ def evaluate(
     threads = torch.get_num_threads() if is_parallel else 1
     own = threading.local()
 
-    def compute(kept: Batch) -> tuple[Batch, Any]:
+    def compute(kept: Batch) -> tuple[Batch, Any, float]:
         if not hasattr(own, "model"):
             own.model = task.model if threads <= 1 else replica(task.model)
         if task.draws_in_test:
             rng.seed_step(seed, int(kept["index"][0]), 0)  # what is drawn follows from the rows
         with torch.inference_mode(), arithmetic.autocast():
             inputs = arithmetic.to_device(kept, to_input)
-            return inputs, task.predict(own.model, inputs)
+            return inputs, task.predict(own.model, inputs), counted_rows(kept)
 
     losses: list[Tensor] = []
-    rows: list[int] = []
+    counts: list[float] = []
     kept = (part for part in map(_valid_rows, _until(interrupted, batches)) if len(part["index"]))
-    for inputs, outputs in each(compute, _in_step(kept) if parallel.is_sharded(task.model) else kept, threads=threads):
+    kept = _in_step(kept) if parallel.is_sharded(task.model) else kept
+    for inputs, outputs, counted in each(compute, kept, threads=threads):
         if not inputs.get(STAND_IN):
             with torch.inference_mode():
                 losses.append(task.score(outputs, inputs | {"epoch": epoch}).detach())
-            rows.append(len(inputs["index"]))
+            counts.append(counted)
     if any(distributed.all_gather_object(interrupted())):
         task.test_metrics(prefix)
         return None
     values = torch.stack(losses).double().cpu().tolist() if losses else []
-    gathered = distributed.all_gather_object([(loss * count, count) for loss, count in zip(values, rows)])
+    gathered = distributed.all_gather_object([(loss * count, count) for loss, count in zip(values, counts)])
     pairs = [pair for part in gathered for pair in part]
-    total = sum(count for _, count in pairs)
+    total = math.fsum(count for _, count in pairs)
     loss = math.fsum(value for value, _ in pairs) / total if total else math.nan
     return {f"{prefix}_loss": loss, **task.test_metrics(prefix)}
+
+
+def counted_rows(batch: Mapping[str, Any]) -> float:
+    """What the rows of a batch count in the mean loss: their number, or the sum of `counts`."""
+    counts = batch.get("counts")
+    return len(batch["index"]) if counts is None else float(counts.sum())
 
 
 def replica(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vissl_like.config.schema import Profile
 from vissl_like.config.schema_model import GradClip
 from vissl_like.core import checkpoint, distributed, parallel, rng, signals
-from vissl_like.core.evaluation import Arithmetic, Batch, Task, evaluate
+from vissl_like.core.evaluation import Arithmetic, Batch, Task, counted_rows, evaluate
 from vissl_like.core.guard import FiniteGuard, refuse_bad_weights
 from vissl_like.core.loss_sum import LossSum
 from vissl_like.core.profile import make_profile
@@ -135,7 +135,7 @@ class Training:
         self.test_due = False
         self.results: dict[str, Any] = {}
         self.loss_sum = LossSum()
-        self.rows = 0
+        self.rows: float = 0  # as the loss counts them
         # What it does not need to hold:
         self.saved_step = -1
         self.known_tests: dict[int, dict[str, float]] = {}
@@ -228,7 +228,7 @@ class Training:
                 loss = values["loss"] if share == 1.0 else values["loss"] * share
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self.profile.begin("books")
-            self.count(values, share=share, rows=len(batch["index"]))
+            self.count(values, share=share, batch=batch)
         if self.guard is not None:
             epoch = self.step // self.options.steps_per_epoch
             where = {"step": self.step + 1, "epoch": epoch, "seed": self.options.seed}
@@ -270,11 +270,12 @@ class Training:
             raise self.stopped()
 
     # ------------------------------------------------------------------------------------------------------- the books
-    def count(self, values: Mapping[str, Tensor], *, share: float, rows: int) -> None:
+    def count(self, values: Mapping[str, Tensor], *, share: float, batch: Batch) -> None:
         """Add a micro-batch to the running sums, without waiting for the device."""
-        self.loss_sum.add(values["loss"], rows=rows)
-        self.rows += rows
-        self.window.rows += rows
+        counted = counted_rows(batch)
+        self.loss_sum.add(values["loss"], rows=counted)
+        self.rows += counted
+        self.window.rows += len(batch["index"])
         if self.line is not None:
             for name, value in values.items():
                 part = value.detach().double() * share
@@ -313,7 +314,7 @@ class Training:
         """Write the epoch's means and start new sums."""
         local = torch.tensor([self.loss_sum.value(), self.rows], dtype=torch.float64)
         loss_sum, rows = distributed.all_reduce_sum(local).tolist()
-        means = {"train_loss": loss_sum / max(rows, 1.0), **self.task.train_metrics("train")}
+        means = {"train_loss": loss_sum / rows if rows else 0.0, **self.task.train_metrics("train")}
         epoch = self.step // self.options.steps_per_epoch
         self.record.metrics({"kind": "train_epoch", "step": self.step, "epoch": epoch, **means})
         self.results |= means

@@ -18,10 +18,10 @@ class LossSum:
     def __init__(self) -> None:
         self._total = 0.0
         self._losses: list[Tensor] = []
-        self._rows: list[int] = []
+        self._rows: list[float] = []
 
-    def add(self, loss: Tensor, *, rows: int) -> None:
-        """`loss` () of a micro-batch of this many rows."""
+    def add(self, loss: Tensor, *, rows: float) -> None:
+        """`loss` () of a micro-batch of this many rows, or of rows that count so much."""
         self._losses.append(loss.detach())
         self._rows.append(rows)
         if len(self._losses) >= _KEPT:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -230,8 +231,11 @@ def _auto_path(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Keys to the state dict, and a note if there were others to choose from."""
     path: list[str] = []
     notes = []
-    while not any(_is_array(value) for value in content.values()) and len(path) < 4:
-        candidates = [key for key in AUTO_KEYS if isinstance(content.get(key), Mapping)]
+    while len(path) < 4:
+        # A measure beside the weights (best_acc1) makes no state dict of the file, an average beside them no checkpoint.
+        beside = sum(_is_array(value) and math.prod(value.shape) > 1 for value in content.values())
+        inside = {key: content[key] for key in AUTO_KEYS if isinstance(content.get(key), Mapping)}
+        candidates = [key for key, found in inside.items() if not beside or _num_arrays(found) > beside]
         if not candidates:
             break
         if len(candidates) > 1:
@@ -261,6 +265,12 @@ def _classy(found: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
+
+
+def _num_arrays(node: Any) -> int:
+    """How many tensors there are in a dictionary and those within it."""
+    values = node.values() if isinstance(node, Mapping) else ()
+    return sum(1 if _is_array(value) else _num_arrays(value) for value in values)
 
 
 def _tensors(found: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -17,6 +17,10 @@ Shapes = Mapping[str, Shape]
 #: Position tables: (1, N, C) or (N, C), class and register tokens first, then a square grid.
 POSITION_TABLE = re.compile(r"(^|\.)(pos_embed|pos_embedding|positional_embedding|position_embeddings?)(\.weight)?$")
 MOST_PREFIX_TOKENS = 8
+#: What makes a tensor one of a head where heads are left alone, anywhere in its name.
+_HEADS = "heads"
+#: Words of SKIP_LAYERS that recipes name for all models: one that has no such tensors is no mistake.
+_USUAL_WORDS = ("num_batches_tracked", _HEADS)
 
 
 class Status(Enum):
@@ -98,8 +102,8 @@ def plan_loading(
 ) -> LoadPlan:
     """Decide for every tensor. `skip` are SKIP_LAYERS: substrings of model keys, tested after all renames.
 
-    load_heads=False leaves heads alone (a frozen trunk that is evaluated with new heads). `parameters` are the model
-    keys that count for the shares, by default all. `grids`: height and width of position tables that are not square.
+    load_heads=False leaves heads alone (a frozen trunk that is evaluated with new heads): all tensors with "heads" in
+    their names, as VISSL does. `parameters` are the model keys that count for the shares, by default all. `grids`: height and width of position tables that are not square.
     `copies`: model key -> the name to take where the file does not have the key itself (several backbones of one kind).
     """
     copies = copies or {}
@@ -117,6 +121,7 @@ def plan_loading(
             source = names.get(copies[key])
         status = _status(key, shape, source, file, skip=skip, load_heads=load_heads, grid=(grids or {}).get(key))
         rows.append(Row(status, key, source or "", shape, file[source] if source is not None else None))
+    notes = [*clashes, *_idle_words(skip, model), *_trunk_taken_for_heads(rows, skip=skip)]
     used = {canonical(key) for key in model} | set(copies.values())
     unexpected = [Row(Status.UNEXPECTED, "", key, None, file[key]) for name, key in names.items() if name not in used]
     counted = [row for row in rows if parameters is None or row.model_key in parameters]
@@ -124,7 +129,7 @@ def plan_loading(
         rows=tuple(rows + unexpected),
         trunk=_share([row for row in counted if not row.model_key.startswith(HEADS)]),
         heads=_share([row for row in counted if row.model_key.startswith(HEADS)]),
-        notes=tuple(clashes),
+        notes=tuple(notes),
         incompatible=not any(name.startswith((TRUNK, HEADS)) for name in names),
     )
 
@@ -139,15 +144,38 @@ def _status(
     load_heads: bool,
     grid: tuple[int, int] | None,
 ) -> Status:
-    if any(word in key for word in skip):
+    if _is_skipped(key, skip):
         return Status.SKIPPED
     if source is None:
         return Status.MISSING
-    if key.startswith(HEADS) and not load_heads:
+    if _HEADS in key and not load_heads:
         return Status.SKIPPED
     if file[source] != shape:
         return Status.RESAMPLED if prefix_tokens(key, file[source], shape, grid=grid) is not None else Status.MISMATCHED
     return Status.LOADED if source == key else Status.REMAPPED
+
+
+def _is_skipped(key: str, skip: Sequence[str]) -> bool:
+    """Whether a word of SKIP_LAYERS occurs in a model's name; a word may call trunk. trunk.base_model., as VISSL does."""
+    return any(word in key or canonical(word) in key for word in skip)
+
+
+def _idle_words(skip: Sequence[str], model: Shapes) -> list[str]:
+    """A note for each word of SKIP_LAYERS that stands in no name: most likely it is misspelt."""
+    words = [word for word in skip if word not in _USUAL_WORDS and not any(_is_skipped(key, [word]) for key in model)]
+    return [f"{KEY}.SKIP_LAYERS: {word!r} is in no name of the model, so it leaves nothing out" for word in words]
+
+
+def _trunk_taken_for_heads(rows: Sequence[Row], *, skip: Sequence[str]) -> list[str]:
+    """A note if tensors of the trunk are left alone only because of their names."""
+    skipped = [row.model_key for row in rows if row.status is Status.SKIPPED and row.model_key.startswith(TRUNK)]
+    left = [key for key in skipped if not _is_skipped(key, skip)]
+    if not left:
+        return []
+    return [
+        f"{len(left)} tensors of the trunk have 'heads' in their names and are left as they are, the first is {left[0]};"
+        " config.MODEL.FEATURE_EVAL_SETTINGS.EVAL_TRUNK_AND_HEAD=true loads them"
+    ]
 
 
 def prefix_tokens(key: str, file: Shape, model: Shape, *, grid: tuple[int, int] | None = None) -> int | None:

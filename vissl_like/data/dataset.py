@@ -187,7 +187,7 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
             and kind in _DISK
             and entry.labels
             and not os.path.isdir(entry.labels)
-            and options.LABEL_TYPE == "standard"
+            and options.label_type == "standard"
         ):
             label_files = [entry.labels]
     _check_label_source(options, split, position, label_files)
@@ -200,7 +200,7 @@ def _open_source(data: Data, split: str, position: int) -> _Opened:
 
 def _check_label_source(options: Split, split: str, position: int, label_files: list[str]) -> None:
     """LABEL_SOURCES may not say one thing and the files another."""
-    if options.LABEL_TYPE != "standard" or position >= len(options.LABEL_SOURCES):
+    if options.label_type != "standard" or position >= len(options.LABEL_SOURCES):
         return
     kind = options.LABEL_SOURCES[position]
     where = f"config.DATA.{split}.LABEL_SOURCES.{position}={kind!r}"
@@ -229,7 +229,7 @@ def _images_of_labels(images: Path, options: Split, *, name: str, split: str) ->
 
 def _label_files(options: Split, split: str, position: int) -> list[str]:
     """The .npy label files of one source. A folder (VISSL's catalogs name it twice) stands for the folder's classes."""
-    if options.LABEL_TYPE != "standard" or position >= len(options.LABEL_PATHS):
+    if options.label_type != "standard" or position >= len(options.LABEL_PATHS):
         return []
     given = options.LABEL_PATHS[position]
     files = [given] if isinstance(given, str) else list(given)
@@ -264,7 +264,7 @@ def _choose_rows(opened: list[_Opened], options: Split, split: str) -> tuple[Sou
     key = f"config.DATA.{split}"
     whole: Source = opened[0].source if len(opened) == 1 else ConcatSource([part.source for part in opened])
     is_for_all = _one_label_file_each(opened, options) or options.LABEL_ALIGNMENT == "position"
-    if options.LABEL_TYPE == "standard" and (needs_labels(options) or is_for_all):
+    if options.label_type == "standard" and (needs_labels(options) or is_for_all):
         labels = _labels_of(whole, opened, options, split)
         rows = limited_rows(len(whole), options=options, labels=None if labels is None else labels.values, key=key)
         if rows is None:
@@ -280,9 +280,9 @@ def _one_label_file_each(opened: list[_Opened], options: Split) -> bool:
 
 
 def _labels_of(source: Source, opened: list[_Opened], options: Split, split: str) -> Labels | None:
-    if options.LABEL_TYPE == "sample_index":
+    if options.label_type == "sample_index":
         return Labels(np.arange(len(source), dtype=np.int64), len(source))
-    if options.LABEL_TYPE == "zero":
+    if options.label_type == "zero":
         return Labels(np.zeros(len(source), dtype=np.int64), 1)
     if not any(part.label_files for part in opened):
         return _own_labels(source, options, split)
@@ -339,7 +339,7 @@ def _numbered_as(names: list[str] | None, labels: Labels, split: str) -> Labels:
 def _train_class_names(data: Data) -> list[str] | None:
     """Class names of TRAIN without opening its images; None where they are fixed by the data set or there are none."""
     options = data.TRAIN
-    if not options.DATA_SOURCES or options.LABEL_TYPE != "standard":
+    if not options.DATA_SOURCES or options.label_type != "standard":
         return None
     names: set[str] = set()
     for position, kind in enumerate(options.DATA_SOURCES):

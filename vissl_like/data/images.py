@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +50,16 @@ class Sample(NamedTuple):
     mask: torch.Tensor | None = None
 
 
+#: labels int64 (B,) or (B, K) -> how much each row counts in the mean loss, float64 (B,).
+RowWeights = Callable[[np.ndarray], np.ndarray]
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Images of one split. What row r looks like in epoch e follows from (seed, e, r) alone.
 
     `labels` are the images' own, int64 (N,) or multi-hot (N, K), or None. `num_classes` and `class_names` speak of the
     labels in the samples, which a transform (ImgRotatePil) may have replaced. `bad` collects row -> reason of the
-    images that could not be read; the loader fills it.
+    images that could not be read; the loader fills it. `row_weights`: see weigh_rows().
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self._num_known_bad = 0
         self._seen_bad: dict[int, str] = {}
         self.loaders: dict[Any, Any] = {}
+        self.row_weights: RowWeights | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in _NOT_FOR_WORKERS}
@@ -115,6 +120,21 @@ class ImageDataset(torch.utils.data.Dataset):
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of the rows in an epoch of training, int64 (N,): a function of seed and epoch."""
         return rng.permutation(seed, epoch, len(self)) if self.sharding is None else self.sharding.order(seed, epoch)
+
+    def weigh_rows(self, row_weights: RowWeights) -> None:
+        """Let batches carry `counts` float64 (B,), what their rows count in the mean loss, if not all count alike."""
+        weights = self._weights_by(row_weights)
+        self.row_weights = row_weights if weights is not None and np.ptp(weights) else None
+
+    def counted_before(self, rows: np.ndarray) -> np.ndarray | None:
+        """What the rows before each position of an order count, float64 (N + 1,); None if that is just their number."""
+        weights = None if self.row_weights is None or self.views.label_names else self._weights_by(self.row_weights)
+        return None if weights is None else np.concatenate([[0.0], np.cumsum(weights[rows])])
+
+    def _weights_by(self, row_weights: RowWeights) -> np.ndarray | None:
+        """Of every row; of every class where a transform makes the labels; None without labels."""
+        labels = self.labels if self.views.label_names is None else np.arange(len(self.views.label_names))
+        return None if labels is None or not len(labels) else row_weights(labels)
 
     @property
     def device_transform(self) -> DeviceTransform:

@@ -61,7 +61,7 @@ def train_batches(
 
     data (B, C, H, W) uint8 or float, label (B,) or (B, K) int64, index (B,) int64, valid (B,) bool, weight (): the
     factor for the micro-batch's mean loss with which the mean over micro-batches and ranks is the mean over the
-    step's rows. draws (B, R) float32 where the device augments: what device_transform takes beside the images. mask
+    step's rows; counts (B,) float64: what each row counts in that mean, where not all count alike. draws (B, R) float32 where the device augments: what device_transform takes beside the images. mask
     (B, H, W) bool where the dataset has them.
     """
     where = (batch_per_rank, accumulate, size, drop_last)
@@ -69,11 +69,15 @@ def train_batches(
     steps = order.steps_per_epoch(len(dataset), *where)
     shape = {"batch_per_rank": batch_per_rank, "accumulate": accumulate, "size": size}
     rows = dataset.order(seed, epoch)
+    before = dataset.counted_before(rows)
     requests, weights = [], []
     for step in range(first_step, steps):
         for start, stop in order.micro_batches(len(dataset), step=step, rank=rank, **shape):
             requests.append(_Request(epoch, rows[start:stop]))
-            weights.append(order.micro_batch_weight(len(dataset), step=step, rows=stop - start, **shape))
+            if before is None:
+                weights.append(order.micro_batch_weight(len(dataset), step=step, rows=stop - start, **shape))
+            else:
+                weights.append(order.counted_weight(before, step=step, start=start, stop=stop, **shape))
     batches = _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
     for batch, weight in zip(batches, weights):
         yield {**batch, "weight": torch.tensor(weight)}
@@ -91,7 +95,7 @@ def eval_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's whole batches of the split, rows in order, each row on one rank only; randomness as in epoch 0.
 
-    Batch k is rows [k*batch, (k+1)*batch) whatever the number of ranks. No weight.
+    Batch k is rows [k*batch, (k+1)*batch) whatever the number of ranks. No weight; counts as in training.
     """
     start, stop = order.eval_range(len(dataset), batch, rank, size)
     requests = [_Request(0, np.arange(first, min(first + batch, stop))) for first in range(start, stop, batch)]
@@ -249,6 +253,8 @@ def _finished(dataset: ImageDataset, answer: dict[str, Any], *, pin_memory: bool
     for name in ("label", "index", "valid", "draws"):
         if name in answer:
             batch[name] = torch.from_numpy(answer[name])
+    if dataset.row_weights is not None:
+        batch["counts"] = torch.from_numpy(dataset.row_weights(answer["label"]))
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
 
 

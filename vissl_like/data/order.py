@@ -5,6 +5,8 @@ Letters: n rows, B rows of a global step = batch_per_rank * accumulate * size. F
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def steps_per_epoch(n: int, batch_per_rank: int, accumulate: int, size: int, drop_last: bool) -> int:
     """Optimizer steps that one pass over n rows makes.
@@ -50,6 +52,19 @@ def micro_batch_weight(n: int, *, step: int, rows: int, batch_per_rank: int, acc
     slots = accumulate * size
     in_step = min(batch_per_rank * slots, n - step * batch_per_rank * slots)
     return rows * slots / in_step
+
+
+def counted_weight(
+    before: Sequence[float], *, step: int, start: int, stop: int, batch_per_rank: int, accumulate: int, size: int
+) -> float:
+    """micro_batch_weight() of the positions start to stop where rows do not all count alike in the mean.
+
+    `before`: what the rows before each position of the epoch's order count, (n + 1,).
+    """
+    slots = accumulate * size
+    first = step * batch_per_rank * slots
+    in_step = before[min(first + batch_per_rank * slots, len(before) - 1)] - before[first]
+    return (before[stop] - before[start]) * slots / in_step if in_step > 0 else 0.0
 
 
 def eval_range(n: int, batch: int, rank: int, size: int) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from vissl_like.engines.feeds import Splits, loading, make_feed, test_feed, trai
 from vissl_like.engines.part_setup import make_groups, start_prototypes, test_facts
 from vissl_like.errors import ConfigError, WeightsError
 from vissl_like.files import write_text
+from vissl_like.losses.classification import row_weights
 from vissl_like.models.ema import Ema
 from vissl_like.models.heads import is_chain
 from vissl_like.models.vision_model import VisionModel
@@ -77,6 +78,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         write_plan(plan, run_dir)  # again, now that the number of images is known
         log.info("%d steps per epoch, %d in all", plan.steps_per_epoch or 0, plan.total_steps or 0)
     check_labels(config, splits)
+    weigh_rows(config, splits)
     warn_of_other_classes(splits)
     model = make_model(config, splits)
     saved = on_main(lambda: find_checkpoint(config, run_dir))
@@ -169,6 +171,14 @@ def check_labels(config: Config, splits: Splits) -> None:
                 f"config.LOSS.NAME='cross_entropy': some labels of config.DATA.{dataset.split} are -1 (unknown), which it "
                 "would take for shares of classes. Set config.LOSS.NAME=bce_logits."
             )
+
+
+def weigh_rows(config: Config, splits: Splits) -> None:
+    """Where the loss leaves labels out or weighs classes, rows count by that in means over batches, steps and epochs."""
+    if config.TASK.NAME != "supervised":
+        return
+    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+        dataset.weigh_rows(partial(row_weights, loss=config.LOSS))
 
 
 def warn_of_other_classes(splits: Splits) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vissl_like.config.schema_model import Loss
 from vissl_like.errors import ConfigError, DataError
 
 #: A target of this value says nothing about its class (multi-label).
@@ -93,6 +95,20 @@ def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction:
         else:
             total = total + each.sum() / known.sum().clamp(min=1)
     return total
+
+
+def row_weights(labels: np.ndarray, *, loss: Loss) -> np.ndarray:
+    """How much each row counts in the mean that the configured loss is: labels int64 (B,) or (B, K) -> float64 (B,).
+
+    Batches weighted by the sum over their rows give the mean over all rows, however these are divided into batches.
+    """
+    if loss.NAME == "cross_entropy" and labels.ndim == 1:
+        known = labels != loss.CROSS_ENTROPY.IGNORE_INDEX
+        weight = loss.CROSS_ENTROPY.WEIGHT
+        return known * (np.take(weight, np.where(known, labels, 0), mode="clip") if weight else 1.0)
+    if loss.NAME == "bce_logits" and labels.ndim == 2 and loss.BCE_LOGITS.REDUCTION == "mean":
+        return (labels != UNKNOWN).sum(1).astype(np.float64)
+    return np.ones(len(labels))
 
 
 def check_targets(target: Tensor, *, num_classes: int, ignore_index: int = UNKNOWN) -> bool:

@@ -1,8 +1,7 @@
 """Learning rates that follow the global batch size (OPTIMIZER.PARAM_SCHEDULERS.LR.AUTO_LR_SCALING). Free of torch.
 
-The rules are VISSL's (its `infer_learning_rate`), so that its recipes give its learning rates. Two differences: the
-values of a multistep schedule that is not geometric are all multiplied by the same factor instead of being replaced by
-a geometric series, and accumulated batches count as part of the batch.
+The rules are VISSL's (its `infer_learning_rate`), so that its recipes give its learning rates. One difference: accumulated
+batches count as part of the batch.
 """
 
 from __future__ import annotations
@@ -83,11 +82,19 @@ def _scale_values(schedule: Schedule, scaled: float, key: str) -> dict[str, Any]
         raise ConfigError(
             f"config.OPTIMIZER.PARAM_SCHEDULERS.{key}.VALUES={values}: scaling needs a first value that is not zero."
         )
-    gamma = round(values[1] / values[0], _RATIO_DIGITS) if len(values) > 1 else 1.0
-    series = [gamma**i for i in range(len(values))]
-    shares = [value / values[0] for value in values]
-    is_geometric = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(series, shares))
-    return {"VALUES": [round(scaled * share, _VALUE_DIGITS) for share in (series if is_geometric else shares)]}
+    gamma = ratio_of(values)
+    return {"VALUES": [round(scaled * gamma**i, _VALUE_DIGITS) for i in range(len(values))]}
+
+
+def ratio_of(values: list[float]) -> float:
+    """The ratio of the first two values of a schedule, which scaling takes for that of all."""
+    return round(values[1] / values[0], _RATIO_DIGITS) if len(values) > 1 else 1.0
+
+
+def is_geometric(values: list[float]) -> bool:
+    """Whether each value is the same multiple of the one before it; scaling makes them so."""
+    gamma = ratio_of(values) if values and values[0] else 1.0
+    return all(math.isclose(value, values[0] * gamma**i, rel_tol=1e-5) for i, value in enumerate(values))
 
 
 _RULES: dict[str, Callable[[Schedule, float, str], dict[str, Any]]] = {
