@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vissl_like.data.order import eval_range, micro_batch_weight, micro_batches, steps_per_epoch, unused_rows
+from vissl_like.data.order import counted_weight, eval_range, micro_batch_weight, micro_batches, steps_per_epoch, unused_rows
 
 counts = st.integers(1, 400)
 batches = st.integers(1, 17)
@@ -65,6 +67,24 @@ def test_weights_turn_means_into_the_mean_over_rows(n: int, b: int, accumulate: 
         ]
         rows = values[parts[0][0] : parts[-1][1]]
         assert sum(weighted) / len(weighted) == pytest.approx(sum(rows) / len(rows), rel=1e-12)
+
+
+@given(counts, batches, accumulations, sizes)
+def test_rows_that_count_differently_are_weighted_so(n: int, b: int, accumulate: int, size: int) -> None:
+    values = [float(row * row % 13) for row in range(n)]
+    counted = [(0.0, 0.0, 2.0, 0.5)[row * row % 7 % 4] for row in range(n)]
+    before = [0.0, *itertools.accumulate(counted)]
+    for step in range(steps_per_epoch(n, b, accumulate, size, False)):
+        parts = taken(n, step=step, b=b, accumulate=accumulate, size=size)
+        shape = {"batch_per_rank": b, "accumulate": accumulate, "size": size}
+        weighted = []
+        for start, stop in parts:
+            of_part = sum(counted[start:stop])
+            mean = sum(v * c for v, c in zip(values[start:stop], counted[start:stop])) / (of_part or 1.0)
+            weighted.append(counted_weight(before, step=step, start=start, stop=stop, **shape) * mean)
+        step_rows = slice(parts[0][0], parts[-1][1])
+        total = sum(v * c for v, c in zip(values[step_rows], counted[step_rows]))
+        assert sum(weighted) / len(weighted) == pytest.approx(total / (sum(counted[step_rows]) or 1.0), rel=1e-12)
 
 
 @given(st.integers(0, 500), st.integers(1, 40), st.integers(1, 9))

@@ -15,6 +15,7 @@ from vissl_like.errors import ConfigError
 from vissl_like.outputs.writers import read_metrics
 
 VIEWS = [{"name": "Resize", "size": [16, 16]}, {"name": "ToTensor"}]
+OPTIMIZER = {"NUM_EPOCHS": 1, "PARAM_SCHEDULERS": {"LR": {"NAME": "constant", "VALUE": 0.01}}}
 
 
 def job(train: dict[str, Any] | None = None, test: dict[str, Any] | None = None, **config: Any) -> Job:
@@ -30,7 +31,7 @@ def job(train: dict[str, Any] | None = None, test: dict[str, Any] | None = None,
         "LOG_FREQUENCY": 1,
         "DATA": data,
         "MODEL": {"TRUNK": {"NAME": "resnet_small"}, **config.pop("MODEL", {})},
-        "OPTIMIZER": {"NUM_EPOCHS": 1, "PARAM_SCHEDULERS": {"LR": {"NAME": "constant", "VALUE": 0.01}}},
+        "OPTIMIZER": OPTIMIZER,
         "RUN": {"PROGRESS": "none"},
     }
     return Job.model_validate({"config": tree | config})
@@ -45,6 +46,29 @@ def first_loss(run_dir: Path, **config: Any) -> float:
 def test_bgr_turns_the_channels_exactly_once(tmp_path: Path) -> None:
     rgb = first_loss(tmp_path / "rgb")
     assert first_loss(tmp_path / "bgr", MODEL={"INPUT_TYPE": "bgr"}) != rgb
+
+
+def test_means_do_not_depend_on_the_size_of_batches(tmp_path: Path) -> None:
+    """Labels of -1 and weights of classes count in the loss, so they count in every mean of it, and in the gradients."""
+    np.save(tmp_path / "x.npy", np.array([0, -1, -1, -1, 1, 2, 2, 2]))
+    labels = {"LABEL_PATHS": [str(tmp_path / "x.npy")], "LABEL_ALIGNMENT": "position"}
+    frozen = {"EVAL_MODE_ON": True, "FREEZE_TRUNK_ONLY": True}
+    frozen["LINEAR_EVAL_FEAT_POOL_OPS_MAP"] = [["flatten", ["Identity", []]]]
+    found = []
+    for batch in (8, 2):
+        (run_dir := tmp_path / str(batch)).mkdir()
+        work = job(
+            OPTIMIZER={**OPTIMIZER, "ACCUMULATE_STEPS": 8 // batch},
+            train=labels | {"BATCHSIZE_PER_REPLICA": batch},
+            test=labels | {"BATCHSIZE_PER_REPLICA": batch + 1},
+            MODEL={"FEATURE_EVAL_SETTINGS": frozen, "HEAD": {"PARAMS": [["mlp", {"dims": ["auto", 3]}]]}},
+            LOSS={"CROSS_ENTROPY": {"WEIGHT": [1.0, 3.0, 0.5]}},
+        )
+        results = run(work, run_dir)
+        step = next(record["loss"] for record in read_metrics(run_dir) if record["kind"] == "train")
+        found.append([step, results["train_loss"], results["test_loss"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0][0] == pytest.approx(found[0][1], rel=1e-6)
 
 
 def test_parameters_are_watched(tmp_path: Path) -> None:

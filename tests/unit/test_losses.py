@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from vissl_like.config.schema_model import Loss
 from vissl_like.errors import ConfigError, DataError
-from vissl_like.losses.classification import bce_logits, cross_entropy
+from vissl_like.losses.classification import bce_logits, cross_entropy, row_weights
+from vissl_like.tasks.supervised import loss_function
 
 
 def test_uniform_logits_cost_log_k() -> None:
@@ -45,6 +49,28 @@ def test_ignored_targets_do_not_count() -> None:
     logits = torch.randn(4, 3)
     target = torch.tensor([0, -1, 2, -1])
     torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits[[0, 2]], target[[0, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({}, [0, 1, 2, 0, 1, 2, 2]),
+        ({"CROSS_ENTROPY": {"IGNORE_INDEX": 2}}, [0, 2, 2, 2, 1, 2, 0]),
+        ({"CROSS_ENTROPY": {"WEIGHT": [1.0, 0.0, 2.5]}}, [0, -1, 1, 1, 1, 2, -1]),
+        ({"CROSS_ENTROPY": {"WEIGHT": [1.0, 0.2, 2.5], "LABEL_SMOOTHING": 0.1}}, [0, -1, 1, 1, 1, 2, -1]),
+        ({"CROSS_ENTROPY": {"WEIGHT": [1.0, 0.0, 2.5]}}, [[1, 0, 0], [0, 1, 1]] * 3 + [[0, 0, 1]]),
+        ({"NAME": "bce_logits"}, [[1, 0, 1], [-1, -1, -1], [-1, 0, 1], [-1, 1, -1], [0, 0, 0], [1, -1, 1], [1, 1, 1]]),
+    ],
+)
+def test_batches_weighted_by_their_rows_give_the_mean_over_all(options: dict[str, Any], target: list[Any]) -> None:
+    loss = Loss.model_validate(options)
+    function = loss_function(loss)
+    logits, labels = torch.randn(7, 3, dtype=torch.float64), torch.tensor(target)
+    weights = torch.from_numpy(row_weights(np.array(target), loss=loss))
+    for parts in ([3, 1, 3], [1] * 7):
+        pieces = zip(logits.split(parts), labels.split(parts), weights.split(parts))
+        total = sum(function(some, of_some) * counted.sum() for some, of_some, counted in pieces)
+        torch.testing.assert_close(total / weights.sum(), function(logits, labels))
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 1])
