@@ -191,6 +191,9 @@ def old_names_table() -> str:
     for old, (harmless, reason) in aliases.REFUSED.items():
         unless = f" (`{'`, `'.join(map(str, harmless))}` is ignored)" if harmless else ""
         refused.append((old, cell(reason) + unless))
+    values = [
+        (f"{key}={value}", cell(reason)) for key, found in aliases.REFUSED_VALUES.items() for value, reason in found.items()
+    ]
     return "\n".join(
         [
             "### Renamed: accepted, with a warning",
@@ -199,6 +202,8 @@ def old_names_table() -> str:
             *two_columns("why", ignored),
             "### Refused, with the reason: it would change what is computed",
             *two_columns("why", refused),
+            "### Values that are refused, with the reason",
+            *two_columns("why", values),
         ]
     )
 

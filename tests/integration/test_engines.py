@@ -434,6 +434,8 @@ def test_label_predictions(images: Path, alone: Path) -> None:
     assert arrays["targets"][17] == -1 and (arrays["targets"] >= 0).sum() == 44
     assert (np.diff(arrays["conf_scores"], axis=1) <= 0).all()
     np.testing.assert_allclose(arrays["conf_scores"].sum(1), 1, rtol=1e-5)
+    numbers = json.loads((alone / "predict" / "train_label_to_index_map.json").read_text())
+    assert numbers == {"ant": 0, "bee": 1, "cat": 2}
     results = results_of(alone / "predict")
     known = arrays["targets"] >= 0
     assert results["train_top_1"] == pytest.approx(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,11 @@ def test_mistakes_are_found_before_the_first_step(tmp_path: Path, config: dict[s
 
 def test_cluster_numbers_against_named_classes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "x.npy", np.arange(8) % 3)
+    named = {"LABEL_ALIGNMENT": "position", "LABEL_PATHS": [str(tmp_path / "names.npy")]}
+    np.save(tmp_path / "names.npy", np.array(["owl", "elk", "owl", "yak"] * 2))
     numbers = {"LABEL_PATHS": [str(tmp_path / "x.npy")], "LABEL_ALIGNMENT": "position"}
     with caplog.at_level(logging.WARNING):
-        run(job(train=numbers), tmp_path)
+        run(job(train=numbers, test=named), tmp_path)
     assert "class numbers without names" in caplog.text
+    assert json.loads((tmp_path / "test_label_to_index_map.json").read_text()) == {"elk": 0, "owl": 1, "yak": 2}
+    assert not (tmp_path / "train_label_to_index_map.json").exists()

@@ -182,7 +182,7 @@ class Config(Section):
     LOG_FREQUENCY: int = option(10, "Steps between log lines.", ge=1)
     TEST_ONLY: bool = option(False, "Evaluate once; do not train.")
     TEST_MODEL: bool = option(True, "Run the test split during training.")
-    TEST_EVERY_NUM_EPOCH: int = option(1, "Epochs between tests; the last epoch is always tested.", ge=1)
+    TEST_EVERY_NUM_EPOCH: int = option(1, "N: a test after epochs N, 2N, ... and after the last one.", ge=1)
     CHECK_NAN: bool = option(True, "Stop at a loss that is not finite and save a replay bundle.")
     MULTI_PROCESSING_METHOD: Literal["fork", "spawn", "forkserver"] = option(
         "forkserver", "How loader processes start."

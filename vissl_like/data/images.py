@@ -22,6 +22,7 @@ from vissl_like.data.sharding import Sharding
 from vissl_like.data.source import Source, encoded_row, fingerprint, sharding_of
 from vissl_like.data.views import DeviceTransform, TransformFailed, Views
 from vissl_like.errors import DataError
+from vissl_like.files import write_json
 
 _log = logging.getLogger(__name__)
 
@@ -308,6 +309,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _named(self, bad: dict[int, str]) -> dict[str, str]:
         return {self._where(row): reason for row, reason in sorted(bad.items())}
+
+    def write_label_map(self, run_dir: Path) -> None:
+        """Write RUN.DIR/<split>_label_to_index_map.json, {name of a class: its number}, if the classes have names."""
+        if self.class_names and distributed.is_main():
+            numbers = {name: number for number, name in enumerate(self.class_names)}
+            write_json(run_dir / f"{self.split.lower()}_label_to_index_map.json", numbers)
 
     def write_bad_images(self, run_dir: Path | None = None) -> Path | None:
         """Add what all ranks found to RUN.DIR/bad_images.txt; every rank must call it. None if nothing is listed there.

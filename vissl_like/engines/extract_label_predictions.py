@@ -51,6 +51,7 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
                 "Give those of the trained model."
             )
         for dataset in datasets.values():
+            dataset.write_label_map(run_dir)
             results |= predict_split(config, loaded.model, dataset, run_dir, loading=loading)
     finally:
         for dataset in datasets.values():

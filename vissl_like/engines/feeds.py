@@ -23,15 +23,18 @@ class Splits:
     test: ImageDataset | None
 
     @property
+    def all(self) -> list[ImageDataset]:
+        return [split for split in (self.train, self.test) if split is not None]
+
+    @property
     def any(self) -> ImageDataset:
         found = self.train or self.test
         assert found is not None
         return found
 
     def close(self) -> None:
-        for dataset in (self.train, self.test):
-            if dataset is not None:
-                close_workers(dataset)
+        for dataset in self.all:
+            close_workers(dataset)
 
 
 def make_feed(config: Config, splits: Splits, plan: Plan) -> Feed:

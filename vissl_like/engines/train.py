@@ -78,6 +78,8 @@ def run(job: Job, run_dir: Path) -> dict[str, Any]:
         write_plan(plan, run_dir)  # again, now that the number of images is known
         log.info("%d steps per epoch, %d in all", plan.steps_per_epoch or 0, plan.total_steps or 0)
     check_labels(config, splits)
+    for dataset in splits.all:
+        dataset.write_label_map(run_dir)
     weigh_rows(config, splits)
     warn_of_other_classes(splits)
     model = make_model(config, splits)
@@ -149,13 +151,13 @@ def sample_input(dataset: ImageDataset) -> torch.Tensor:
 
 def check_inputs(model: VisionModel, splits: Splits) -> None:
     """Raise ConfigError if a split's images do not fit the model, before anything is trained."""
-    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+    for dataset in splits.all:
         model.check_input(tuple(sample_input(dataset).shape[1:]), key=f"config.DATA.{dataset.split}.TRANSFORMS")
 
 
 def check_labels(config: Config, splits: Splits) -> None:
     """Raise ConfigError if loss or meters want labels of another form than the images have."""
-    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+    for dataset in splits.all:
         labels = None if dataset.views.label_names else dataset.labels
         is_multi = labels is not None and labels.ndim == 2
         wrong = [name for name in config.METERS.NAMES if (name == "accuracy_list_meter") == is_multi]
@@ -177,7 +179,7 @@ def weigh_rows(config: Config, splits: Splits) -> None:
     """Where the loss leaves labels out or weighs classes, rows count by that in means over batches, steps and epochs."""
     if config.TASK.NAME != "supervised":
         return
-    for dataset in (split for split in (splits.train, splits.test) if split is not None):
+    for dataset in splits.all:
         dataset.weigh_rows(partial(row_weights, loss=config.LOSS))
 
 
