@@ -192,7 +192,9 @@ def old_names_table() -> str:
         unless = f" (`{'`, `'.join(map(str, harmless))}` is ignored)" if harmless else ""
         refused.append((old, cell(reason) + unless))
     values = [
-        (f"{key}={value}", cell(reason)) for key, found in aliases.REFUSED_VALUES.items() for value, reason in found.items()
+        (f"{key}={value}", cell(reason))
+        for key, found in aliases.REFUSED_VALUES.items()
+        for value, reason in found.items()
     ]
     return "\n".join(
         [

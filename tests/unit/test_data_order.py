@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vissl_like.data.order import counted_weight, eval_range, micro_batch_weight, micro_batches, steps_per_epoch, unused_rows
+from vissl_like.data.order import (
+    counted_weight,
+    eval_range,
+    micro_batch_weight,
+    micro_batches,
+    steps_per_epoch,
+    unused_rows,
+)
 
 counts = st.integers(1, 400)
 batches = st.integers(1, 17)

@@ -70,7 +70,9 @@ def test_words_to_skip_may_have_base_model_in_them() -> None:
     words = ["num_batches_tracked", "trunk.base_model._feature_blocks.a", "heads", "fc."]
     plan = plan_loading(shapes, shapes, rules=KeyRules(), skip=words)
     assert [row.model_key for row in plan.of(Status.SKIPPED)] == ["trunk._feature_blocks.a", "heads.0.w"]
-    assert len(plan.notes) == 1 and plan.notes[0].startswith("config.MODEL.WEIGHTS_INIT.SKIP_LAYERS: 'fc.' is in no name")
+    assert len(plan.notes) == 1 and plan.notes[0].startswith(
+        "config.MODEL.WEIGHTS_INIT.SKIP_LAYERS: 'fc.' is in no name"
+    )
 
 
 def test_a_trunk_that_is_taken_for_heads_is_named() -> None:

@@ -285,9 +285,7 @@ IGNORED |= {
 }
 
 
-_GROUPS = (
-    "OPTIMIZER.GROUPS gives the parameters whose names match a pattern a factor of the rate and a weight decay of their own"
-)
+_GROUPS = "OPTIMIZER.GROUPS gives parameters, found by name, a factor of the rate and a weight decay of their own"
 _ONE_VIEW = "every image gives one view, and the losses that compare several do not exist here (`list losses`)"
 
 #: Key of ours -> beginnings of values that VISSL has for it, and why there is no equivalent.

@@ -230,7 +230,7 @@ def _scaling_rows(given: Schedule, used: Schedule, rows: list[PlanRow], *, key: 
         *warnings,
         f"config.{key}: the learning rate is {options.BASE_VALUE * factor:g} instead of {options.BASE_VALUE:g}, because "
         f"a step takes {global_batch} images, not {options.BASE_LR_BATCH_SIZE} ({options.SCALING_TYPE} scaling; "
-        "AUTO_LR_SCALING.AUTO_SCALE=false turns it off)."
+        "AUTO_LR_SCALING.AUTO_SCALE=false turns it off).",
     ]
 
 

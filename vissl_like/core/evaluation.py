@@ -120,8 +120,9 @@ def evaluate(
 
     Batches do not depend on the number of ranks, each is computed by one thread (several at once on a CPU), counts are
     whole numbers and losses are summed exactly: so neither processes nor threads change a bit of the results. The loss is
-    the mean over all that it counts, however large the batches are. Rows that are not `valid` (unreadable images) do not count. `epoch`: how many epochs the model has been trained for, for a task
-    that draws what it finds; None: nothing is to be drawn.
+    the mean over all that it counts, however large the batches are. Rows that are not `valid` (unreadable images) do not
+    count. `epoch`: how many epochs the model has been trained for, for a task that draws what it finds; None: nothing is
+    to be drawn.
     """
     parallel.share_buffers(task.model)
     task.eval()
@@ -141,7 +142,7 @@ def evaluate(
 
     losses: list[Tensor] = []
     counts: list[float] = []
-    kept = (part for part in map(_valid_rows, _until(interrupted, batches)) if len(part["index"]))
+    kept: Iterator[Batch] = (part for part in map(_valid_rows, _until(interrupted, batches)) if len(part["index"]))
     kept = _in_step(kept) if parallel.is_sharded(task.model) else kept
     for inputs, outputs, counted in each(compute, kept, threads=threads):
         if not inputs.get(STAND_IN):

@@ -103,8 +103,9 @@ def plan_loading(
     """Decide for every tensor. `skip` are SKIP_LAYERS: substrings of model keys, tested after all renames.
 
     load_heads=False leaves heads alone (a frozen trunk that is evaluated with new heads): all tensors with "heads" in
-    their names, as VISSL does. `parameters` are the model keys that count for the shares, by default all. `grids`: height and width of position tables that are not square.
-    `copies`: model key -> the name to take where the file does not have the key itself (several backbones of one kind).
+    their names, as VISSL does. `parameters` are the model keys that count for the shares, by default all. `grids`: height
+    and width of position tables that are not square. `copies`: model key -> the name to take where the file does not have
+    the key itself (several backbones of one kind).
     """
     copies = copies or {}
     names: dict[str, str] = {}

@@ -61,8 +61,9 @@ def train_batches(
 
     data (B, C, H, W) uint8 or float, label (B,) or (B, K) int64, index (B,) int64, valid (B,) bool, weight (): the
     factor for the micro-batch's mean loss with which the mean over micro-batches and ranks is the mean over the
-    step's rows; counts (B,) float64: what each row counts in that mean, where not all count alike. draws (B, R) float32 where the device augments: what device_transform takes beside the images. mask
-    (B, H, W) bool where the dataset has them.
+    step's rows; counts (B,) float64: what each row counts in that mean, where not all count alike. draws (B, R) float32
+    where the device augments: what device_transform takes beside the images. mask (B, H, W) bool where the dataset has
+    them.
     """
     where = (batch_per_rank, accumulate, size, drop_last)
     refuse_too_few(len(dataset), *where, split=dataset.split)

@@ -6,6 +6,10 @@ Letters: n rows, B rows of a global step = batch_per_rank * accumulate * size. F
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def steps_per_epoch(n: int, batch_per_rank: int, accumulate: int, size: int, drop_last: bool) -> int:
@@ -55,7 +59,14 @@ def micro_batch_weight(n: int, *, step: int, rows: int, batch_per_rank: int, acc
 
 
 def counted_weight(
-    before: Sequence[float], *, step: int, start: int, stop: int, batch_per_rank: int, accumulate: int, size: int
+    before: Sequence[float] | np.ndarray,
+    *,
+    step: int,
+    start: int,
+    stop: int,
+    batch_per_rank: int,
+    accumulate: int,
+    size: int,
 ) -> float:
     """micro_batch_weight() of the positions start to stop where rows do not all count alike in the mean.
 
