@@ -100,7 +100,8 @@ def bce_logits(outputs: Tensor | Sequence[Tensor], target: Tensor, *, reduction:
 def row_weights(labels: np.ndarray, *, loss: Loss) -> np.ndarray:
     """How much each row counts in the mean that the configured loss is: labels int64 (B,) or (B, K) -> float64 (B,).
 
-    Batches weighted by the sum over their rows give the mean over all rows, however these are divided into batches.
+    Batches weighted by the sum over their rows give the mean over all rows, however these are divided into batches. Losses
+    that are no mean over rows (reductions of bce_logits) and those of others count each row as one.
     """
     if loss.NAME == "cross_entropy" and labels.ndim == 1:
         known = labels != loss.CROSS_ENTROPY.IGNORE_INDEX
