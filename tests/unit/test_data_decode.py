@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vissl_like.data.decode import Encoded, Unreadable, read_bytes, read_image
+from vissl_like.data.decode import Encoded, Unreadable, read_bytes, read_image, reason_of
+from vissl_like.errors import DataError
 
 
 def photo(width: int = 61, height: int = 45) -> Image.Image:
@@ -113,6 +117,20 @@ def test_same_verdict_on_damaged_files(data: st.DataObject, name: str) -> None:
 )
 def test_reasons(data: bytes, reason: str) -> None:
     assert reason in str(fast(data)) and fast(data) == pillow(data)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read: Linux")
+@pytest.mark.parametrize("read", [read_bytes, read_image])
+def test_a_fault_of_the_storage_is_no_bad_image(read: Callable[[str], Any]) -> None:
+    """Reading /proc/self/mem at its start is an input/output error, as of a disk that fails."""
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read \(Input/output error\)[.] Mend the storage"):
+        read("/proc/self/mem")
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "ENOTCONN", "EHOSTDOWN", "EMFILE", "ENFILE"])
+def test_faults_of_the_machine(name: str) -> None:
+    number = getattr(errno, name)
+    assert isinstance(reason_of(OSError(number, os.strerror(number)), "a.jpg"), DataError)
 
 
 def test_a_few_wrong_bytes_are_tolerated_as_in_pillow() -> None:

@@ -24,6 +24,14 @@ from vissl_like.errors import DataError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
 
+#: What the storage or the memory of the machine answers, whatever the image: no sign that one is bad.
+_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EREMOTEIO", "EHOSTDOWN", "EHOSTUNREACH")
+    if hasattr(errno, name)
+)
+
+
 class Unreadable(Exception):
     """One image cannot be read; the message is the reason. Such images are listed and replaced, see badimages.py."""
 
@@ -64,12 +72,12 @@ def read_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def read_bytes(file: str) -> bytes:
-    """The content of an image file. Raises Unreadable with the reason."""
+    """The content of an image file. Raises Unreadable with the reason, DataError where the machine is at fault."""
     try:
         with open(file, "rb", buffering=0) as stream:
             return stream.readall()
     except OSError as error:
-        raise _reason_of(error, file) from error
+        raise reason_of(error, file) from error
 
 
 class Encoded:
@@ -171,19 +179,24 @@ def _reasons(file: str | bytes | IO[bytes]) -> Iterator[None]:
     except MemoryError:
         raise
     except OSError as error:
-        raise _reason_of(error, file) from error
+        raise reason_of(error, file) from error
     except Exception as error:
         # Pillow's plugins raise almost anything on damaged files: SyntaxError, ValueError, struct.error, zlib.error.
         raise Unreadable(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
-def _reason_of(error: OSError, file: str | bytes | IO[bytes]) -> Exception:
+def reason_of(error: OSError, file: str | bytes | IO[bytes]) -> Exception:
     """What an OSError says about the image; a DataError when it speaks of the machine instead."""
+    where = file if isinstance(file, str) else "an image"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        where = file if isinstance(file, str) else "an image"
         return DataError(
             f"{where}: this process may open no more files ({error.strerror}). Raise the limit (ulimit -n 65536) "
             "or lower config.DATA.NUM_DATALOADER_WORKERS."
+        )
+    if error.errno in _FAULTS:
+        return DataError(
+            f"{where}: cannot be read ({error.strerror}). Mend the storage, or take this file out if it alone is lost; then "
+            "start the same command again."
         )
     if isinstance(error, FileNotFoundError):
         return Unreadable("no such file")
