@@ -199,6 +199,15 @@ def read_shards(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def cut_between_members(file: Path, *, first_lost: int) -> None:
+    """As a full disk or a killed copy may leave a shard: to tarfile it looks whole."""
+    with tarfile.open(file) as shard:
+        end = shard.getmembers()[first_lost].offset
+    os.truncate(file, end)
+    with tarfile.open(file) as shard:
+        assert len(shard.getmembers()) == first_lost
+
+
 def test_shards(images: Path, tmp_path: Path) -> None:
     add_bad(images)
     options = {"short_side": 64, "format": "webdataset", "shard_size": 3}
@@ -212,7 +221,9 @@ def test_shards(images: Path, tmp_path: Path) -> None:
         if path not in found.bad:
             assert members[f"{row:09d}{suffix}"] == (tmp_path / "files" / path).read_bytes()
             assert int(members[f"{row:09d}.cls"]) == source.labels[row]
-            assert json.loads(members[f"{row:09d}.json"]) == {"path": path, "label": source.labels[row]}
+            about, original = json.loads(members[f"{row:09d}.json"]), (images / path).stat()
+            assert (about["path"], about["label"]) == (path, source.labels[row])
+            assert (about["source_bytes"], about["source_mtime_ns"]) == (original.st_size, original.st_mtime_ns)
     about = json.loads((tmp_path / "shards/shards.json").read_text())
     assert about["images"] == 6 == sum(shard["images"] for shard in about["shards"]) and len(about["shards"]) == 3
     assert about["class_names"] == ["a", "b c"]
@@ -220,10 +231,41 @@ def test_shards(images: Path, tmp_path: Path) -> None:
     (tmp_path / "shards/shard-000001.tar").unlink()
     (tmp_path / "shards/shard-000002.tar").write_bytes(whole["shard-000002.tar"][:700])
     again = shrink(str(images), str(tmp_path / "shards"), **options)
-    assert set(again.bad) == set(found.bad) and contents(tmp_path / "shards") == whole
+    assert again.bad == found.bad and contents(tmp_path / "shards") == whole
+    cut_between_members(tmp_path / "shards/shard-000001.tar", first_lost=3)
+    again = shrink(str(images), str(tmp_path / "shards"), **options)
+    assert again.bad == found.bad and contents(tmp_path / "shards") == whole
+    assert (again.kept, again.shrunk + again.copied) == (4, 2)
     photo(80, 80).save(images / "a/new.jpg")
     with pytest.raises(ConfigError, match="images was"):
         shrink(str(images), str(tmp_path / "shards"), **options)
+
+
+def test_shards_follow_their_originals(images: Path, tmp_path: Path) -> None:
+    """A new version of an image, with its size or its time, and one that can be read now: their shards are written anew."""
+    add_bad(images)
+    options = {"short_side": 64, "format": "webdataset", "shard_size": 3}
+    shards = tmp_path / "shards"
+    shrink(str(images), str(shards), **options)
+    names = {json.loads(text)["path"]: name for name, text in read_shards(shards).items() if name.endswith(".json")}
+    before = contents(shards)
+    assert shrink(str(images), str(shards), **options).kept == 6 and contents(shards) == before
+
+    photo(100, 300, seed=5).save(images / "a/wide.jpg")
+    os.utime(images / "a/wide.jpg", (1_000_000_000, 1_000_000_000 + len("a/wide.jpg")))  # the time of the first version
+    (images / "a/wide copy.jpg").write_bytes((images / "a/wide.jpg").read_bytes())  # restored
+    now = (images / "b c/moving.gif").stat()
+    os.utime(images / "b c/moving.gif", ns=(now.st_atime_ns, now.st_mtime_ns + 5_000_000_000))
+    found = shrink(str(images), str(shards), **options)
+    assert set(found.bad) == {"a/empty.png"} and (tmp_path / "shards/bad_images.txt").read_text().count("\n") == 1
+    after = read_shards(shards)
+    with Image.open(io.BytesIO(after[names["a/wide.jpg"].replace(".json", ".jpg")])) as image:
+        assert image.size == (64, 192)
+    told = [json.loads(text) for name, text in after.items() if name.endswith(".json")]
+    assert {about["path"]: about["source_mtime_ns"] for about in told} == {
+        path: (images / path).stat().st_mtime_ns for path in [*names, "a/wide copy.jpg"]
+    }
+    assert shrink(str(images), str(shards), **options).kept == 7
 
 
 # --------------------------------------------------------------------------------------------- wrong calls

@@ -13,10 +13,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
-from vissl_like.data.decode import Encoded, Unreadable, read_bytes
+from vissl_like.data.decode import Encoded, Unreadable, read_bytes, reason_of
+from vissl_like.data.shard_index import Members, scan
 from vissl_like.errors import DataError
 from vissl_like.files import beside
 
@@ -28,6 +30,8 @@ _JPEG = (".jpg", ".jpeg")
 _LOSSLESS = {".png": "PNG", ".bmp": "BMP", ".ppm": "PPM", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
 _ORIENTATION = 0x0112
 _REDUCTIONS = (8, 4, 2)
+#: Bytes of an image and its time of change in nanoseconds.
+_Stamp = tuple[int, int]
 #: Clocks of some file systems go in steps of two seconds.
 _SAME_TIME_NS = 2_000_000_000
 
@@ -121,7 +125,7 @@ def shrink_files(source: str, target: str, paths: Sequence[str], settings: Setti
             outcome.kept += 1
             continue
         try:
-            time_ns = _time_of(origin)
+            _, time_ns = _stamp_of(origin)
             data = read_bytes(origin)
             content, is_smaller = shrink_image(data, path, short_side=settings.short_side, quality=settings.quality)
         except Unreadable as reason:
@@ -140,11 +144,13 @@ def _count(outcome: Outcome, data: bytes, content: bytes, is_smaller: bool) -> N
     outcome.bytes_after += len(content)
 
 
-def _time_of(file: str) -> int:
+def _stamp_of(file: str) -> _Stamp:
+    """What a new version of an image is recognised by. Raises what read_bytes() raises."""
     try:
-        return os.stat(file).st_mtime_ns
+        state = os.stat(file)
     except OSError as error:
-        raise Unreadable("no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
+        raise reason_of(error, file) from error
+    return state.st_size, state.st_mtime_ns
 
 
 def _is_done(origin: str, copy: str) -> bool:
@@ -186,10 +192,15 @@ def writing(file: str) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------- shards
 def shrink_shard(source: str, file: str, rows: Sequence[tuple[int, str, int | None]], settings: Settings) -> Outcome:
-    """Write one tar file of (row, path, class): ROW.jpg, ROW.cls with the class number, ROW.json with path and class."""
-    there = _rows_in(file)
-    if there is not None:
-        return _seen_again(source, rows, there, settings=settings)
+    """Write one tar file of (row, path, class): ROW.jpg, ROW.cls with the class number, ROW.json with path and class.
+
+    A shard that is there stays if it is whole and would become the same again. ROW.json also has size and time of the
+    original, by which a new version of it is recognised.
+    """
+    there = _stamps_in(file)
+    kept = None if there is None else _seen_again(source, rows, there, settings=settings)
+    if kept is not None:
+        return kept
     outcome = Outcome()
     with (
         writing(file),
@@ -201,26 +212,45 @@ def shrink_shard(source: str, file: str, rows: Sequence[tuple[int, str, int | No
     return outcome
 
 
-def _rows_in(file: str) -> set[int] | None:
-    """The rows that a shard holds; None where there is no such shard, or a damaged one."""
+def _stamps_in(file: str) -> dict[int, _Stamp] | None:
+    """The rows that a shard holds, with the stamps of their originals; None where there is no such shard or it is damaged."""
     try:
-        with tarfile.open(file) as shard:
-            return {int(name.split(".")[0]) for name in shard.getnames()}
-    except (OSError, tarfile.TarError, ValueError):
+        with open(file, "rb") as stream:
+            scan(
+                stream, shown=file, members=Members(), stamp={}
+            )  # tarfile alone takes a cut between members for the end
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:") as shard:
+                told = {entry.name: shard.extractfile(entry) for entry in shard if entry.name.endswith(".json")}
+                return {int(name.split(".")[0]): _stamp_in(content) for name, content in told.items()}
+    except (OSError, tarfile.TarError, ValueError, DataError):
         return None
 
 
+def _stamp_in(told: IO[bytes] | None) -> _Stamp:
+    about = json.load(told) if told else {}
+    return about.get("source_bytes", -1), about.get("source_mtime_ns", -1)
+
+
 def _seen_again(
-    source: str, rows: Sequence[tuple[int, str, int | None]], there: set[int], *, settings: Settings
-) -> Outcome:
-    """The outcome of a shard that was written before: what is not in it could not be read."""
+    source: str, rows: Sequence[tuple[int, str, int | None]], there: dict[int, _Stamp], *, settings: Settings
+) -> Outcome | None:
+    """The outcome of a shard that was written before; None where it would be another now.
+
+    That is where an original was replaced since, or can be read now that could not be read then.
+    """
     outcome = Outcome(kept=len(there))
-    for path in (path for row, path, _ in rows if row not in there):
-        outcome.bad[path] = "could not be read when its shard was written"
+    for row, path, _ in rows:
+        origin = os.path.join(source, path)
         try:
-            shrink_image(read_bytes(os.path.join(source, path)), path, short_side=settings.short_side, quality=90)
+            if row not in there:
+                shrink_image(read_bytes(origin), path, short_side=settings.short_side, quality=settings.quality)
+            is_same = row in there and _stamp_of(origin) == there[row]
         except Unreadable as reason:
+            is_same = row not in there
             outcome.bad[path] = str(reason)
+        if not is_same:
+            return None
     return outcome
 
 
@@ -234,13 +264,17 @@ def _add_to_shard(
     settings: Settings,
     outcome: Outcome,
 ) -> None:
+    origin = os.path.join(source, path)
     try:
-        data = read_bytes(os.path.join(source, path))
+        size, time_ns = _stamp_of(origin)
+        data = read_bytes(origin)
         content, is_smaller = shrink_image(data, path, short_side=settings.short_side, quality=settings.quality)
     except Unreadable as reason:
         outcome.bad[path] = str(reason)
         return
-    about = {"path": path} if label is None else {"path": path, "label": label}
+    about: dict[str, object] = {"path": path, "source_bytes": size, "source_mtime_ns": time_ns}
+    if label is not None:
+        about["label"] = label
     members = {os.path.splitext(path)[1].lower().lstrip("."): content}
     if label is not None:
         members["cls"] = str(label).encode()
