@@ -52,7 +52,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(ranks)]
         clients = []
-        for rank, place in enumerate(_places(ranks)):
+        for rank, place in enumerate(places(ranks)):
             request: dict[str, Any] = {
                 "argv": list(argv),
                 "cwd": str(cwd),
@@ -148,7 +148,7 @@ def _receive(client: socket.socket) -> int:
         return int(answer.readline())
 
 
-def _places(ranks: int) -> list[dict[str, str]]:
+def places(ranks: int) -> list[dict[str, str]]:
     """What torchrun would tell each rank."""
     if ranks == 1:
         return [{}]

@@ -13,6 +13,8 @@ from typing import Any
 from vissl_like import registry
 from vissl_like.config.schema import Job
 
+if "INTERRUPT_WHILE_COMPOSING" in os.environ:
+    signal.raise_signal(signal.SIGINT)
 registry.add("engine", "endings", "launch_plugin:run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.forks import Ended, Fork, run_ranks
+from tests.integration.forks import Ended, Fork, places, run_ranks
 
 HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
 ENDINGS = ["engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=a"]
 TWO = "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"
 CPU = "config.MACHINE.DEVICE=cpu"
+INTERRUPTED = "interrupted: nothing more was saved; start the same command again to go on."
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
 
@@ -209,3 +211,25 @@ def test_processes_that_torchrun_did_not_start_meet_without_its_store(tmp_path: 
     assert [rank.returncode for rank in again] == [0, 0] and "this run is finished" in again[0].stderr
     wrong = run_ranks([*ENDINGS, CPU, "config.SEED_VALU=1"], ranks=2, cwd=tmp_path)
     assert [rank.returncode for rank in wrong] == [2, 2] and "Traceback" not in wrong[1].stderr
+
+
+def test_the_first_process_does_not_wait_for_long_where_another_never_comes(
+    started: list[Fork | subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """It serves the store, so it stays until the others know that there is nothing to run; Ctrl-C ends that."""
+    wrong = [*ENDINGS, CPU, "config.SEED_VALU=1"]
+    first = Fork(wrong, cwd=tmp_path, env={**ENVIRONMENT, **places(2)[0]})
+    started.append(first)
+    said = list(itertools.takewhile(lambda line: "waiting at most 30 s for 1 of 2 processes" not in line, first.stderr))
+    assert "unknown key config.SEED_VALU" in "".join(said)
+    first.send_signal(signal.SIGINT)
+    _, error = first.communicate()
+    assert first.returncode == 130 and error.splitlines() == [INTERRUPTED]
+
+
+def test_ctrl_c_while_composing_waits_for_nobody(started: list[Fork | subprocess.Popen[str]], tmp_path: Path) -> None:
+    interrupted = {**ENVIRONMENT, **places(2)[0], "INTERRUPT_WHILE_COMPOSING": "1"}
+    first = Fork([*ENDINGS, CPU], cwd=tmp_path, env=interrupted)
+    started.append(first)
+    _, error = first.communicate(timeout=100)
+    assert first.returncode == 130 and error.splitlines() == [INTERRUPTED]

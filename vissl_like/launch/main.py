@@ -168,14 +168,16 @@ def _launch_with_others(overrides: list[str], *, config_dirs: list[str]) -> int:
 
         follow()
         return EXIT_DONE
-    code = EXIT_DEFECT
     try:
         code = start(_load(overrides, config_dirs=config_dirs), config_dirs=config_dirs)
     except Exception as error:
         code = show_error(error)
-    finally:
+    except BaseException:  # Ctrl-C, which reaches the others too: nobody is waited for
         if not torchrun.has_told():
-            torchrun.dismiss(code)
+            torchrun.dismiss(EXIT_DEFECT, wait=False)
+        raise
+    if not torchrun.has_told():
+        torchrun.dismiss(code)
     return code
 
 

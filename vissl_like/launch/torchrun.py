@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -12,7 +13,9 @@ _KEY = "vissl_like/launch"
 #: The first process composes and checks before it speaks; a large image folder is not read before that.
 _PATIENCE = datetime.timedelta(minutes=30)
 #: How long the first process, if it serves the store itself, waits for others to learn that there is nothing to run.
-_FAREWELL_S = 120.0
+_FAREWELL_S = 30.0
+#: When it says so.
+_SAY_AFTER_S = 2.0
 _stores: list[Any] = []
 _told: list[bool] = []
 
@@ -33,12 +36,28 @@ def has_told() -> bool:
     return bool(_told)
 
 
-def dismiss(exit_code: int) -> None:
-    """Say to all others that nothing is to be run. A store that this process serves stays until they have heard it."""
+def dismiss(exit_code: int, *, wait: bool = True) -> None:
+    """Say to all others that nothing is to be run.
+
+    A store that this process serves stays until they have heard it, for a while; without `wait` they may find it gone.
+    """
     tell({"exit_code": exit_code})
-    others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + _FAREWELL_S
-    while not _agent_serves() and _store().add(f"{_key()}/heard", 0) < others and time.monotonic() < patience:
+    if _agent_serves() or not wait:
+        return
+    began, has_said = time.monotonic(), False
+    while (missing := _not_heard()) and time.monotonic() < began + _FAREWELL_S:
+        if not has_said and time.monotonic() > began + _SAY_AFTER_S:
+            has_said = True
+            print(
+                f"waiting at most {_FAREWELL_S:.0f} s for {missing} of {os.environ['WORLD_SIZE']} processes, to tell them that "
+                "nothing is to be run",
+                file=sys.stderr,
+            )
         time.sleep(0.05)
+
+
+def _not_heard() -> int:
+    return int(os.environ["WORLD_SIZE"]) - 1 - int(_store().add(f"{_key()}/heard", 0))
 
 
 def hear() -> dict[str, Any]:
