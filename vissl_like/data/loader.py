@@ -23,6 +23,8 @@ from vissl_like.data.shard_cache import fetch_ahead
 from vissl_like.data.sharding import Hints
 from vissl_like.errors import DataError, UserError
 
+#: Batches that each worker has in hand.
+_PREFETCH = 2
 # Imported once by the server that forkserver workers are forked from, instead of once in each worker.
 _PRELOAD = ["torch", "torchvision.transforms.v2", "PIL.Image", "vissl_like.data.loader"]
 
@@ -223,7 +225,9 @@ def _fetch(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of the requests, in order."""
     if dataset.sharding is not None:
-        hints = dataset.sharding.schedule([request.rows for request in requests])
+        # One more than this process's workers have in hand: the other ranks are at most a step behind.
+        lag = 1 + workers * _PREFETCH
+        hints = dataset.sharding.schedule([request.rows for request in requests], lag=lag)
         requests = [request._replace(hints=given) for request, given in zip(requests, hints)]
     if workers == 0 or len(requests) == 0:
         reader = _Reader(dataset)
@@ -336,6 +340,7 @@ def _new_pool(dataset: ImageDataset, *, workers: int, method: str, pin_memory: b
         batch_size=None,  # a request is already a batch
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=_PREFETCH,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         persistent_workers=True,

@@ -11,7 +11,7 @@ import numpy as np
 
 from vissl_like.data.shard_cache import Remote
 
-#: A released shard may still be in use by a slower loader process: so many batches later it should not.
+#: Where nothing needs its place, a shard is released so many batches after its last use: other processes read it too.
 _SLACK = 32
 
 
@@ -65,32 +65,37 @@ class Sharding:
         place[rng.permutation(seed, epoch, len(self.remotes))] = np.arange(len(self.remotes))
         return rows[np.argsort((place // self.window)[self.shard_of[rows]], kind="stable")]
 
-    def schedule(self, batches: Sequence[np.ndarray]) -> list[Hints]:
-        """Hints for each batch of rows, in order: shards are fetched as early as the room for them allows."""
+    def schedule(self, batches: Sequence[np.ndarray], *, lag: int = 1) -> list[Hints]:
+        """Hints for each batch of rows, in order: shards are fetched as early as the room for them allows.
+
+        When a batch is begun, all those are read that come `lag` or more before it; a slower loader process may be at any
+        other, so a shard is not released earlier. Where the room is too small for that, the cache removes what was opened
+        longest ago.
+        """
         if not any(self.remotes):
             return [Hints()] * len(batches)
         first, last = self._uses(batches)
         fetch: list[list[Remote]] = [[] for _ in batches]
         release: list[list[Remote]] = [[] for _ in batches]
-        held: list[tuple[int, int]] = []  # (last use, shard) of what is fetched and has its room
+        held: list[tuple[int, int]] = []  # (when it may be released, shard) of what is fetched
         room, start = 0, 0
         remotes = {shard: remote for shard, remote in enumerate(self.remotes) if remote is not None}
         for shard in sorted(remotes.keys() & first.keys(), key=lambda shard: (first[shard], shard)):
             remote = remotes[shard]
             room += remote.size
-            over: list[tuple[int, Remote]] = []
-            while room > remote.cache.limit and held:
+            done: list[Remote] = []
+            while room > remote.cache.limit and held and held[0][0] <= first[shard]:
                 end, used = heapq.heappop(held)
-                over.append((end, remotes[used]))
-                room, start = room - over[-1][1].size, max(start, end + 1)
-            heapq.heappush(held, (last[shard], shard))
-            begin = min(start, first[shard])
-            fetch[begin].append(remote)
+                done.append(remotes[used])
+                room, start = room - done[-1].size, max(start, end)
+            if room > remote.cache.limit:
+                start = first[shard]
+            heapq.heappush(held, (last[shard] + lag, shard))
+            fetch[start].append(remote)
             # Something has to make place now: what is done with, not what was fetched early and waits to be used.
-            for end, done in over:
-                release[min(max(begin, end + 1), len(batches) - 1)].append(done)
-            if last[shard] + _SLACK < len(batches):
-                release[last[shard] + _SLACK].append(remote)
+            release[start].extend(done)
+            if last[shard] + max(lag, _SLACK) < len(batches):
+                release[last[shard] + max(lag, _SLACK)].append(remote)
         return [Hints(tuple(wanted), tuple(done)) for wanted, done in zip(fetch, release)]
 
     def _uses(self, batches: Sequence[np.ndarray]) -> tuple[dict[int, int], dict[int, int]]:
