@@ -13,7 +13,7 @@ from vissl_like.analysis.evaluators import knn_ranking
 from vissl_like.analysis.extraction import Loading, extract
 from vissl_like.analysis.features import FeatureStore
 from vissl_like.analysis.kmeans import kmeans, pick_backend
-from vissl_like.analysis.nearest import assign
+from vissl_like.analysis.nearest import assign, assign_blocks
 from vissl_like.analysis.rows import ArrayRows, normalise
 from vissl_like.analysis.seeding import plus_plus_rows
 from vissl_like.config.schema import Job
@@ -43,6 +43,14 @@ def test_kmeans_is_reproducible_and_as_good_as_on_the_cpu() -> None:
     expected, expected_distances = assign(x, on_cpu.centroids)
     assert (labels == expected).mean() > 0.999
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-3, atol=1e-5)
+
+
+def test_assignment_keeps_no_rows() -> None:
+    x, centroids = ArrayRows(rows(200_000, 0)), rows(50, 1)  # 26 MB
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
+    assert sum(len(labels) for _, labels, _ in assign_blocks(x, centroids, device=GPU, block=1024)) == len(x)
+    assert torch.cuda.max_memory_allocated(GPU) - before < 10e6
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])

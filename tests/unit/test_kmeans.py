@@ -125,6 +125,8 @@ def test_neither_caching_nor_forgetting_changes_a_bit(monkeypatch: pytest.Monkey
         assert np.array_equal(kmeans(source, cache_bytes=cached, **run).centroids, expected.centroids)
     reads = [source.reads for source in rows.values()]
     assert reads == [7 * 11, 11 + 6 * 6, 11]
+    once = Blocks(SlowRows(x), size=64, device=CPU, cache_bytes=1 << 20, keep=False)
+    assert len([*once.each(lambda span, block: None), *once.each(lambda span, block: None)]) == 22 == once.rows.reads
     monkeypatch.setattr(exact_sums, "_REMEMBERED_ROWS", remembered)
     again = kmeans(ArrayRows(x), **run)
     assert np.array_equal(again.centroids, expected.centroids) and again.objective == expected.objective

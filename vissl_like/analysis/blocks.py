@@ -41,9 +41,9 @@ ALONE = Shard()
 
 
 class Blocks:
-    """Blocks of rows as float32 tensors on a device; those that fit into `cache_bytes` are kept for the next pass.
+    """Blocks of rows as float32 tensors on a device; those that fit into `cache_bytes`, or into a GPU, are kept.
 
-    A block has the same rows whoever computes it: `size` depends on no number of processes or threads.
+    `keep` false: there is no next pass, so none is. A block has the same rows whoever computes it: `size` depends on no number of processes or threads.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Blocks:
         threads: int = 1,
         shard: Shard = ALONE,
         cache_bytes: int = 0,
+        keep: bool = True,
     ) -> None:
         self.rows, self.device, self.shard = rows, device, shard
         every = spans(len(rows), size)
@@ -62,9 +63,7 @@ class Blocks:
         self.spans = every[first:last]
         self.threads = threads
         self._cache: dict[tuple[int, int], Tensor] = {}
-        on_gpu = device.type == "cuda"
-        # An array in memory needs no copy in memory.
-        self._room = 0 if isinstance(rows, ArrayRows) and not on_gpu else _gpu_room(device) if on_gpu else cache_bytes
+        self._room = _room(rows, device, cache_bytes=cache_bytes) if keep else 0
         self._lock = threading.Lock()
 
     def each(self, function: Callable[[tuple[int, int], Tensor], Result]) -> Iterator[Result]:
@@ -134,6 +133,9 @@ def _row_bytes(k: int, dim: int) -> int:
     return 4 * (k + 2 * dim)
 
 
-def _gpu_room(device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(0.6 * free)
+def _room(rows: Rows, device: torch.device, *, cache_bytes: int) -> int:
+    """Bytes of blocks that may be kept: much of a GPU that is free; an array in memory needs no copy in memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(0.6 * free)
+    return 0 if isinstance(rows, ArrayRows) else cache_bytes

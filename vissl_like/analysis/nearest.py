@@ -118,7 +118,7 @@ def assign_blocks(
     k, dim = centroids.shape
     size = block or block_rows(k, dim, device=device)
     used = threads_for(threads or usable_cores(), k=k, dim=dim, block=size)
-    blocks = Blocks(rows, size=size, device=device, threads=used, shard=shard)
+    blocks = Blocks(rows, size=size, device=device, threads=used, shard=shard, keep=False)
     table = Table(torch.from_numpy(np.ascontiguousarray(centroids)).to(device))
 
     def find(span: tuple[int, int], x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
