@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,16 @@ from vissl_like.config.schema_data import Data
 from vissl_like.data.dataset import build_dataset
 from vissl_like.data.folder import FilelistSource, FolderSource
 from vissl_like.data.images import ImageDataset
-from vissl_like.data.labels import Labels, join_labels, multi_hot, parse_labels, read_labels, write_label_files
-from vissl_like.data.source import Source, SubsetSource, fingerprint
+from vissl_like.data.labels import (
+    Labels,
+    _repeated,
+    join_labels,
+    multi_hot,
+    parse_labels,
+    read_labels,
+    write_label_files,
+)
+from vissl_like.data.source import Source, SubsetSource, fingerprint, unicode_array
 from vissl_like.data.synthetic import SyntheticSource
 from vissl_like.errors import ConfigError, DataError
 
@@ -226,6 +236,34 @@ def test_duplicates_are_refused_when_written_and_when_read(tmp_path: Path) -> No
     np.save(tmp_path / "x_images.npy", paths)
     with pytest.raises(DataError, match="more than once"):
         read_labels(tmp_path / "x_labels.npy", source=SyntheticSource(split="TRAIN", count=3, classes=1, side=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab/é\U0001f600", max_size=4), max_size=40), st.booleans())
+def test_duplicates_are_found_by_hashes(texts: list[str], is_reversed: bool) -> None:
+    strings = unicode_array(texts)[:: -1 if is_reversed else 1]
+    ordered = sorted(text.rstrip("\0") for text in texts)
+    assert _repeated(strings).tolist() == [b for a, b in zip(ordered, ordered[1:]) if a == b]
+
+
+def test_many_paths_are_written_without_a_copy_of_all(tmp_path: Path) -> None:
+    """Mapped ones stay on the disk: they once became a list of Python strings, an array of it and a sorted copy."""
+    count, width = 100_000, 100
+    np.save(tmp_path / "paths.npy", np.array([f"{row:0{width}d}" for row in range(count)]))
+    paths, labels = np.load(tmp_path / "paths.npy", mmap_mode="r"), np.zeros(count, np.int64)
+    rest: dict[str, Any] = {"root": "", "fingerprint": "", "num_clusters": 1, "centroids": np.zeros((1, 2))}
+    tracemalloc.start()
+    write_label_files(tmp_path, prefix="x", labels=labels, paths=paths, also_plain=True, **rest)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < paths.nbytes / 2
+    assert {
+        file.name: file.read_bytes() for file in tmp_path.glob("x_*") if file.name in ("x_labels.npy", "x_images.npy")
+    } == {f"x_{name}": (tmp_path / name).read_bytes() for name in ("labels.npy", "images.npy")}
+    assert (tmp_path / "images.npy").read_bytes() == (tmp_path / "paths.npy").read_bytes()
+    plain, named = (json.loads((tmp_path / f"{base}manifest.json").read_text()) for base in ("", "x_"))
+    assert set(plain["files"]) == {"labels.npy", "images.npy"} and "x_centroids.npy" in named["files"]
+    assert not (tmp_path / "centroids.npy").exists()
 
 
 def test_a_bare_label_file_needs_a_word(tmp_path: Path) -> None:

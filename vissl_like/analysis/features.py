@@ -369,8 +369,8 @@ class FeatureStore:
             )
         return NpyFile(self.folder / file)
 
-    def _array(self, name: str) -> np.ndarray:
-        return np.load(self._whole(name), allow_pickle=False)
+    def _array(self, name: str, *, mmap: bool = False) -> np.ndarray:
+        return np.load(self._whole(name), mmap_mode="r" if mmap else None, allow_pickle=False)
 
     def _whole(self, name: str, *, with_content: bool = True) -> Path:
         """A file beside the shards, if it is as the extraction left it (or at least has its size)."""
@@ -424,13 +424,13 @@ class FeatureStore:
 
     @property
     def paths(self) -> np.ndarray:
-        """Identity of each row, unicode (n,)."""
-        return self._array("images.npy")
+        """Identity of each row, unicode (n,), mapped."""
+        return self._array("images.npy", mmap=True)
 
     @property
     def stamps(self) -> np.ndarray:
-        """Stamps of the images when they were read, int64 (n,)."""
-        return self._array("sizes.npy")
+        """Stamps of the images when they were read, int64 (n,), mapped."""
+        return self._array("sizes.npy", mmap=True)
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ import numpy as np
 from vissl_like.data.npy import load_npy
 from vissl_like.data.source import Source, SubsetSource, fingerprint, unicode_array
 from vissl_like.errors import DataError
-from vissl_like.files import damage, record_of, refusals_explained, write_array, write_json
+from vissl_like.files import damage, record_of, refusals_explained, replacing, write_array, write_json
 
 _log = logging.getLogger(__name__)
 
 _KIND = "labels"
 #: Ends of the names of files that labels are read from; centroids and distances are for the user.
 _READ = ("labels.npy", "images.npy", "sizes.npy")
+#: Paths that are hashed at a time.
+_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,14 @@ def write_label_files(
     centroids: np.ndarray | None = None,
     distances: np.ndarray | None = None,
     extra: dict[str, Any] | None = None,
+    also_plain: bool = False,
 ) -> Path:
     """Write one label stage's files; returns the label file.
 
     labels int (N,), paths unicode (N,) as the dataset names its rows, root and fingerprint of that dataset; stamps
     int64 (N,) of the dataset let a reader name the image that changed. The manifest comes last and marks completeness.
+    Arrays may be mapped: no copy of all is made. `also_plain`: a second set under the empty prefix, without centroids
+    and distances.
     """
     target = Path(folder)
     with refusals_explained(target):
@@ -116,37 +123,60 @@ def write_label_files(
         "centroids": centroids,
         "distances": distances,
     }
+    about = {
+        "kind": _KIND,
+        "root": root,
+        "fingerprint": fingerprint,
+        "num_clusters": int(num_clusters),
+        "rows": len(paths),
+        **(extra or {}),
+    }
+    _write_set(target, base, arrays, about)
+    if also_plain and base:
+        is_copied = {name: array is not None and f"{name}.npy" in _READ for name, array in arrays.items()}
+        copies = {name: target / f"{base}{name}.npy" if wanted else None for name, wanted in is_copied.items()}
+        _write_set(target, "", copies, about)
+    return label_file
+
+
+def _write_set(target: Path, base: str, arrays: Mapping[str, np.ndarray | Path | None], about: dict[str, Any]) -> None:
+    """Write the files of one prefix: arrays, or copies of the files that hold them already."""
     manifest_file = target / f"{base}manifest.json"
     manifest_file.unlink(missing_ok=True)
     records = {}
     for name, array in arrays.items():
         file = target / f"{base}{name}.npy"
         file.unlink(missing_ok=True)  # also one of an earlier stage that is not written this time
-        if array is not None:
+        if isinstance(array, Path):
+            with array.open("rb") as source, replacing(file) as copy:
+                shutil.copyfileobj(source, copy)
+        elif array is not None:
             write_array(file, array)
+        if array is not None:
             records[file.name] = record_of(file)
-    manifest = {
-        "kind": _KIND,
-        "root": root,
-        "fingerprint": fingerprint,
-        "num_clusters": int(num_clusters),
-        "rows": len(paths),
-        "files": records,
-        **(extra or {}),
-        "complete": True,
-    }
-    write_json(manifest_file, manifest)
-    return label_file
+    write_json(manifest_file, {**about, "files": records, "complete": True})
 
 
 def _refuse_duplicates(paths: np.ndarray, *, file: str | Path) -> None:
-    ordered = np.sort(paths)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    twice = _repeated(paths)
     if len(twice):
         raise DataError(
-            f"{file}: {len(twice)} images are named more than once, the first is {str(ordered[twice[0]])!r}. "
+            f"{file}: {len(twice)} images are named more than once, the first is {str(twice[0])!r}. "
             "Labels are tied to images by path, so each may stand there once; take the others out."
         )
+
+
+def _repeated(strings: np.ndarray) -> np.ndarray:
+    """The strings (N,) that came before, sorted. Holds 64 bits of each beside those: no sorted copy of all."""
+    width = max(1, strings.dtype.itemsize // np.dtype("U1").itemsize)
+    factors = np.random.Generator(np.random.PCG64(0)).integers(1 << 64, size=width, dtype=np.uint64)
+    hashes = np.empty(len(strings), dtype=np.uint64)
+    for start in range(0, len(strings), _AT_ONCE):
+        part = np.ascontiguousarray(strings[start : start + _AT_ONCE], dtype=f"U{width}")
+        hashes[start : start + len(part)] = part.view(np.uint32).reshape(-1, width).astype(np.uint64) @ factors
+    ordered = np.sort(hashes)
+    suspects = np.sort(strings[np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])])
+    return suspects[1:][suspects[1:] == suspects[:-1]]
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -247,7 +277,7 @@ def _by_position(labels: Labels, *, file: str | Path, source: Source, alignment:
 
 def _rows_by_path(listed: np.ndarray, *, root: str, source: Source, file: str | Path, key: str) -> np.ndarray:
     """Row of the label file for each image of the source, int64 (N,): by identity, else by absolute file."""
-    listed = unicode_array(str(path) for path in listed)
+    listed = _texts(listed)
     _refuse_duplicates(listed, file=file)
     wanted = source.paths
     rows = _find(wanted, among=listed)
@@ -263,6 +293,10 @@ def _rows_by_path(listed: np.ndarray, *, root: str, source: Source, file: str | 
         f"{str(wanted[missing[0]])!r}; the label file names {len(listed)} images, the first is {str(listed[0])!r}. "
         "Label all images of this split, or leave DATA_PATHS empty to use the images that the labels came with."
     )
+
+
+def _texts(listed: np.ndarray) -> np.ndarray:
+    return unicode_array(listed if listed.dtype.kind == "U" else (str(path) for path in listed))
 
 
 def _find(wanted: np.ndarray, *, among: np.ndarray) -> np.ndarray:
@@ -313,7 +347,7 @@ def _look_at_the_rest(
     is_left[rows] = False
     whole = source.whole if isinstance(source, SubsetSource) else source
     if whole is not source and is_left.any():
-        is_left &= ~np.isin(unicode_array(str(path) for path in listed), whole.paths)
+        is_left &= ~np.isin(_texts(listed), whole.paths)
     left = [str(listed[row]) for row in np.flatnonzero(is_left)]
     if not left:
         return

@@ -120,7 +120,9 @@ class PathTable:
 
 
 def unicode_array(strings: Iterable[str]) -> np.ndarray:
-    """Unicode (N,), also when there is no string at all."""
+    """Unicode (N,), also when there is no string at all. What is such an array stays as it is, and mapped if it is."""
+    if isinstance(strings, np.ndarray) and strings.dtype.kind == "U":
+        return strings
     found = list(strings)
     return np.array(found, dtype=np.str_) if found else np.empty(0, dtype="U1")
 

@@ -341,20 +341,20 @@ def write_labels(config: Config, one: Assigned, found: KMeansResult, *, output: 
         "seed": _seed(config),
         "backend": found.backend,
     }
-    for name_of_files in [prefix, *([""] if is_main_split else [])]:
-        write_label_files(
-            output,
-            prefix=name_of_files,
-            labels=one.labels,
-            paths=store.paths,
-            root=store.manifest["dataset"]["root"],
-            fingerprint=store.fingerprint,
-            num_clusters=k,
-            stamps=store.stamps,
-            centroids=found.centroids if name_of_files else None,
-            distances=one.distances if name_of_files else None,
-            extra=inputs,
-        )
+    write_label_files(
+        output,
+        prefix=prefix,
+        labels=one.labels,
+        paths=store.paths,
+        root=store.manifest["dataset"]["root"],
+        fingerprint=store.fingerprint,
+        num_clusters=k,
+        stamps=store.stamps,
+        centroids=found.centroids,
+        distances=one.distances,
+        extra=inputs,
+        also_plain=is_main_split,
+    )
 
 
 def description(config: Config, found: KMeansResult, main: Assigned) -> dict[str, Any]:
