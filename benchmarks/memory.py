@@ -3,6 +3,7 @@
     python benchmarks/memory.py                 writes 1.7 GB to the folder for temporary files, and removes it
     python benchmarks/memory.py --rows 20000    smaller
     python benchmarks/memory.py --ranks 2       several processes
+    python benchmarks/memory.py --path-length 60    files with names of so many characters, instead of none
 
 Two runs of the program itself: drawn images of 16 x 16 pixels through a histogram of 2,048 grey values, then k-means on
 what they give. Peak memory is that of the largest process of a run, as the system counts it: with the pages of libraries
@@ -22,20 +23,40 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from _rounds import verdict
+from PIL import Image
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "run_distributed_engines.py"
 DIM, CLUSTERS, ITERATIONS = 2048, 1000, 2
+SIDE, IMAGES = 16, 4096
 GOAL_MB = 1024
 
 
-def recipe(folder: Path, *, rows: int, ranks: int) -> dict[str, object]:
+def files(folder: Path, *, rows: int, path_length: int) -> Path:
+    """A folder of so many names, links to some thousand images."""
+    images, names = folder / "drawn", folder / "images"
+    if names.is_dir():
+        return names
+    images.mkdir()
+    names.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(min(rows, IMAGES)):
+        Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(images / f"{number}.bmp")
+    for row in range(rows):
+        (names / f"{row:0{path_length - len('.bmp')}}.bmp").symlink_to(images / f"{row % IMAGES}.bmp")
+    return names
+
+
+def recipe(folder: Path, *, rows: int, ranks: int, path_length: int) -> dict[str, object]:
     """The configuration of both runs; a page of JSON is a page of YAML."""
+    source: dict[str, object] = {"DATA_SOURCES": ["synthetic"], "NUM_SYNTHETIC": rows, "SYNTHETIC_SIZE": SIDE}
+    if path_length:
+        images = files(folder, rows=rows, path_length=path_length)
+        source = {"DATA_SOURCES": ["disk_folder"], "DATA_PATHS": [str(images)]}
     split = {
-        "DATA_SOURCES": ["synthetic"],
+        **source,
         "DATASET_NAMES": ["drawn"],
-        "NUM_SYNTHETIC": rows,
-        "SYNTHETIC_SIZE": 16,
         "BATCHSIZE_PER_REPLICA": 256,
         "TRANSFORMS": [{"name": "ToTensor"}],
     }
@@ -66,7 +87,8 @@ def run(engine: str, name: str, folder: Path, **arguments: int) -> tuple[float, 
     (pages / f"{name}.yaml").write_text(f"# @package _global_\n{json.dumps(page)}\n")
     command = [sys.executable, str(TOOL), f"config={name}", f"config.RUN.DIR={folder / name}"]
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder)
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}  # lists of files
+    process = subprocess.Popen(command, cwd=folder, env=environment)
     _, status, usage = os.wait4(process.pid, 0)  # of the process and of all that it waited for
     if status:
         raise SystemExit(f"{engine} failed")
@@ -78,13 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--ranks", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--path-length", type=int, default=0, metavar="N", help="characters of a file's name, 16 to 255; default no files"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.path_length and not 16 <= arguments.path_length <= 255:
+        parser.error("--path-length: 16 to 255")
+    same = {"ranks": arguments.ranks, "path_length": arguments.path_length}
     print(f"{'peak MB of a process':<24}{'1,000 rows':>12}{f'{arguments.rows:,} rows':>16}{'seconds':>10}", flush=True)
     lines = []
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as full:
         for engine in ("extract_features", "cluster_features"):
-            least, _ = run(engine, engine, Path(empty), rows=1000, ranks=arguments.ranks)
-            most, seconds = run(engine, engine, Path(full), rows=arguments.rows, ranks=arguments.ranks)
+            least, _ = run(engine, engine, Path(empty), rows=1000, **same)
+            most, seconds = run(engine, engine, Path(full), rows=arguments.rows, **same)
             lines.append(
                 f"{engine:<24}{least:12.0f}{most:16.0f}{seconds:10.0f}   goal <= {GOAL_MB}: {verdict(most <= GOAL_MB)}"
             )

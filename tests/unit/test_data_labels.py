@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_duplicates_are_refused_when_written_and_when_read(tmp_path: Path) -> No
 def test_duplicates_are_found_by_hashes(texts: list[str], is_reversed: bool) -> None:
     strings = unicode_array(texts)[:: -1 if is_reversed else 1]
     ordered = sorted(text.rstrip("\0") for text in texts)
-    assert _repeated(strings).tolist() == [b for a, b in zip(ordered, ordered[1:]) if a == b]
+    assert _repeated(strings).tolist() == [b for a, b in itertools.pairwise(ordered) if a == b]
 
 
 def test_many_paths_are_written_without_a_copy_of_all(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ ALONE = Shard()
 class Blocks:
     """Blocks of rows as float32 tensors on a device; those that fit into `cache_bytes`, or into a GPU, are kept.
 
-    `keep` false: there is no next pass, so none is. A block has the same rows whoever computes it: `size` depends on no number of processes or threads.
+    `keep` false: there is no next pass, so none is.
+    A block has the same rows whoever computes it: `size` depends on no number of processes or threads.
     """
 
     def __init__(
