@@ -1,4 +1,4 @@
-"""Several machines: network namespaces where the system allows it, several launchers on this machine elsewhere."""
+"""Several machines: several launchers on this one, and network namespaces where the system allows it."""
 
 from __future__ import annotations
 
@@ -137,8 +137,11 @@ def alone(workplace: Path) -> Path:
 
 def run_on(machines: list[Host], workplace: Path, name: str) -> None:
     """Run the chain on all these machines, the last one first: there is no order in which they must be started."""
-    same = [*chain(name), *meeting(len(machines), f"{machines[0].address}:{PORT}")]
-    (first, *others) = reversed(outcomes([host.start(workplace, *same) for host in reversed(machines)]))
+    port = PORT if machines[0].namespace else free_port()
+    same = [*chain(name), *meeting(len(machines), f"{machines[0].address}:{port}")]
+    own = [[] if host.namespace else [f"config.DISTRIBUTED.NODE_ID={node}"] for node, host in enumerate(machines)]
+    commands = [host.start(workplace, *same, *more) for host, more in reversed([*zip(machines, own)])]
+    (first, *others) = reversed(outcomes(commands))
     assert first[0] == 0, first[2]
     assert "kNN" in first[1] and "machine 2 of" in first[2]
     for code, out, error in others:
@@ -170,6 +173,13 @@ def test_four_machines_write_what_one_process_writes(hosts: list[Host], workplac
     run_on(hosts, workplace, "four")
     assert_same_outputs(workplace / "four", alone)
     assert json.loads((workplace / "four/student/plan.json").read_text())["values"]["world_size"] == 4
+
+
+@pytest.mark.skipif(not WHY_NOT, reason="four machines on a network do the same")
+def test_two_launchers_on_this_machine_write_what_one_process_writes(here: Host, workplace: Path, alone: Path) -> None:
+    run_on([here, here], workplace, "two")
+    assert_same_outputs(workplace / "two", alone)
+    assert json.loads((workplace / "two/student/plan.json").read_text())["values"]["world_size"] == 2
 
 
 @needs_network
