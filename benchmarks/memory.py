@@ -101,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--ranks", type=int, default=1, help="processes")
     parser.add_argument(
-        "--path-length", type=int, default=0, metavar="N", help="characters of a file's name, 16 to 255; default no files"
+        "--path-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="characters of a file's name, 16 to 255; default no files",
     )
     arguments = parser.parse_args(argv)
     if arguments.path_length and not 16 <= arguments.path_length <= 255:
