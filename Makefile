@@ -41,7 +41,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python tools/make_docs.py --check
 
 bench: $(VENV)/.installed-dev
-	@for file in $(wildcard benchmarks/[!_]*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(wildcard benchmarks/[!_]*.py); do echo "== $$file"; began=$$(date +%s); $(BIN)/python $$file || exit 1; \
+	  echo "== $$file: $$(($$(date +%s) - began)) s"; done
 
 docs: $(VENV)/.installed-demo
 	$(BIN)/python tools/make_docs.py

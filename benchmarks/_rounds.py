@@ -1,13 +1,15 @@
-"""What benchmarks have in common: variants take turns in shuffled order, and the ratios of a round are compared.
+"""What benchmarks have in common: parts to choose from, turns in shuffled order, ratios of the runs of a round.
 
 The speed of a shared machine drifts, a ratio of two runs that follow each other much less.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 def turns(names: Iterable[str], *, rounds: int) -> Iterator[tuple[int, str]]:
@@ -37,3 +39,12 @@ def in_words(values: Sequence[float], *, digits: int = 2) -> str:
 def verdict(reached: bool) -> str:
     """What a goal's line ends with."""
     return "reached" if reached else "MISSED"
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]], chosen: argparse.Namespace) -> None:
+    """Those parts of a benchmark that flags of their names choose; without such a flag all. Prints how long each took."""
+    for name in [name for name in parts if getattr(chosen, name)] or parts:
+        print(f"-- {name}", flush=True)
+        began = time.perf_counter()
+        parts[name]()
+        print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)

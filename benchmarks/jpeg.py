@@ -1,23 +1,29 @@
 """From JPEG files to samples: ours, Pillow with torchvision v1 (VISSL's way), timm's loader transform, and decoding alone.
 
-    python benchmarks/jpeg.py              224 px RandomResizedCrop and flip on 500x375 photos
+    python benchmarks/jpeg.py              all of these
+    python benchmarks/jpeg.py --small      224 px RandomResizedCrop and flip on 500x375 photos
     python benchmarks/jpeg.py --large      Resize and CenterCrop on 2000x1500 photos
-    python benchmarks/jpeg.py --handover   batches from a loader process, uint8 against float32
+    python benchmarks/jpeg.py --handover   finished images from a loader process: our loader, uint8, against float32
     python benchmarks/jpeg.py --augment    colour and blur in the loader against on the device (here: the CPU)
+    python benchmarks/jpeg.py --workers 1,2,4 --kind threads      how loading grows with threads, or with processes
 
-What is measured is the work of a loader process for a batch: read, decode, transform, stack. One thread, CPU seconds; the
-variants take turns on the same batch of files in shuffled order, and the ratios of a batch are compared, since the speed
-of a shared machine drifts. Photos are made from those in scikit-image and scikit-learn.
+What --small and --large measure is the work of a loader process for a batch: read, decode, transform, stack. One thread,
+CPU seconds; the variants take turns on the same batch of files in shuffled order, and the ratios of a batch are compared,
+since the speed of a shared machine drifts. --handover adds up the CPU seconds of both processes; --workers measures wall
+time. Photos are made from those in scikit-image and scikit-learn.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import simplejpeg
 import torch
-from _rounds import in_words, ratios, turns, verdict
+from _rounds import in_words, ratios, run_parts, turns, verdict
 from PIL import Image
 
 from vissl_like.config.schema_data import Data
 from vissl_like.core import rng
 from vissl_like.data.dataset import build_dataset
-from vissl_like.data.images import ImageDataset
-from vissl_like.data.loader import _read_batch
+from vissl_like.data.images import ImageDataset, Sample
+from vissl_like.data.loader import _read_batch, close_workers, row_batches
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 V1 = "Pillow + torchvision v1"
@@ -160,8 +166,8 @@ def show(seconds: dict[str, list[float]], *, base: str, goals: Sequence[tuple[st
     for name, values in seconds.items():
         print(f"{name:<36}{1 / statistics.median(values):9.0f}   {in_words(ratios(seconds, base, name))}")
     for fast, slow, factor in goals:
-        found = statistics.median(ratios(seconds, slow, fast))
-        print(f"goal: {fast} >= {factor:g} x {slow}: {found:.2f}, {verdict(found >= factor)}")
+        found = ratios(seconds, slow, fast)
+        print(f"goal: {fast} >= {factor:g} x {slow}: {in_words(found)}, {verdict(statistics.median(found) >= factor)}")
 
 
 def differences(data: ImageDataset, rows: Sequence[int]) -> list[float]:
@@ -222,43 +228,110 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
     show_differences("with REDUCED_DECODE and random crops", differences(random_crops, range(len(files))))
 
 
+class Finished(ImageDataset):
+    """Images that are finished: what is left is to put a batch together, and its way to the training."""
+
+    pixels = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8)
+
+    def samples(self, epoch: int, rows: Sequence[int] | np.ndarray, *, out: torch.Tensor | None = None) -> list[Sample]:
+        """Each is copied to its place in the batch, where the crop of a decoded one would write it."""
+        assert out is not None
+        for slot in out:
+            slot.copy_(self.pixels)
+        places = out.permute(0, 3, 1, 2)
+        return [Sample(data, self._label(int(row)), int(row), {}, self.views.draw()) for data, row in zip(places, rows)]
+
+
 class Ready(torch.utils.data.Dataset):
-    """Batches of finished images; each tells the CPU time of its process."""
+    """The same image and a label, as most programs hand them to PyTorch's own DataLoader."""
 
-    def __init__(self, image: torch.Tensor, *, batch: int) -> None:
-        self._image, self._batch = image, batch
+    def __init__(self, image: torch.Tensor) -> None:
+        self._image = image
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, float]:
-        made = torch.utils.data.default_collate([self._image] * self._batch)
-        return made, time.process_time()
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self._image, 0
 
 
-def handover_seconds(image: torch.Tensor, *, batches: int, batch: int = 64) -> float:
-    """CPU seconds per image of both processes, for stacking in the one and receiving in the other."""
-    loader = torch.utils.data.DataLoader(
-        Ready(image, batch=batch),
-        batch_size=None,
-        sampler=range(batches),
+def ordinary(image: torch.Tensor, *, rows: range, batch: int) -> Iterable[Any]:
+    """A DataLoader with one process that stays alive, as ours does."""
+    return torch.utils.data.DataLoader(
+        Ready(image),
+        batch_size=batch,
+        sampler=rows,
         num_workers=1,
-        multiprocessing_context="fork",
+        persistent_workers=True,
+        multiprocessing_context="forkserver",
     )
-    marks = []
-    for received, clock in loader:
-        received[0, 0, 0, 0].item()
-        marks.append(clock + time.process_time())
-    return (marks[-1] - marks[2]) / (batch * (batches - 3))
+
+
+def cpu_of_all() -> float:
+    """CPU seconds so far of this process and of those that it started and that are alive."""
+    children = (process.pid for process in multiprocessing.active_children())
+    clocks = [~pid << 3 | 2 for pid in children if pid is not None]  # how Linux numbers the clock of another process
+    return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 def handover(folder: Path, arguments: argparse.Namespace) -> None:
-    """What passes from a loader process to the training."""
-    del folder
-    image = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
-    kinds = {"uint8": image, "float32": image.float()}
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(arguments.rounds):
-        for name in list(kinds)[:: 1 if number % 2 else -1]:
-            seconds[name].append(handover_seconds(kinds[name], batches=30))
-    show(seconds, base="float32", goals=[("uint8", "float32", 3.0)])
+    """From finished images in a loader process to batches in the training."""
+    write_photos(folder, count=8, size=(64, 48))
+    data, rows, batch = dataset(folder, TRAIN), range(64 * 30), 64
+    finished = Finished(data.source, views=data.views, labels=None, split="TRAIN", name="finished", seed=0)
+    of_batches = [np.asarray(rows[start : start + batch]) for start in rows[::batch]]
+    image = finished.pixels.permute(2, 0, 1).contiguous()
+    plain = {
+        kind: ordinary(one, rows=rows, batch=batch) for kind, one in (("uint8", image), ("float32", image.float()))
+    }
+    passes: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
+        "ours": lambda: (found["data"] for found in row_batches(finished, of_batches, workers=1)),
+        "DataLoader, uint8": lambda: (images for images, _ in plain["uint8"]),
+        "DataLoader, float32": lambda: (images for images, _ in plain["float32"]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for number, name in turns(passes, rounds=arguments.rounds + 1):
+        began = cpu_of_all() if number else 0.0  # in the first round the processes start
+        for images in passes[name]():
+            images[0, 0, 0, 0].item()
+        if number:
+            seconds[name].append((cpu_of_all() - began) / len(rows))
+    close_workers(finished)
+    show(seconds, base="DataLoader, float32", goals=[("ours", "DataLoader, float32", 3.0)])
+
+
+def workers(folder: Path, arguments: argparse.Namespace) -> None:
+    """Images per second by threads of this process and by loader processes, which only hand the batches over."""
+    write_photos(folder, count=arguments.photos, size=(500, 375))
+    data, batch = dataset(folder, TRAIN), 32
+    batches = [np.arange(number * batch, (number + 1) * batch) % len(data) for number in range(24)]
+    read = functools.partial(_read_batch, data, 0)
+
+    def by_threads(pool: ThreadPoolExecutor) -> Iterable[Any]:
+        return pool.map(read, batches)
+
+    def by_processes(count: int) -> Iterable[Any]:
+        return row_batches(data, batches, workers=count)
+
+    passes: dict[str, Callable[[], Iterable[Any]]] = {}
+    for count in arguments.workers or [1, 2, 4]:
+        if arguments.kind != "processes":
+            passes[f"{count} threads"] = functools.partial(by_threads, ThreadPoolExecutor(count))
+        if arguments.kind != "threads":
+            passes[f"{count} processes"] = functools.partial(by_processes, count)
+    wall: dict[str, list[float]] = {name: [] for name in passes}
+    cpu: dict[str, list[float]] = {name: [] for name in passes}
+    for number, name in turns(passes, rounds=arguments.rounds + 1):
+        began = time.perf_counter(), cpu_of_all()
+        for _ in passes[name]():
+            pass
+        if number:  # in the first round threads and processes start
+            wall[name].append((time.perf_counter() - began[0]) / (batch * len(batches)))
+            cpu[name].append((cpu_of_all() - began[1]) / (batch * len(batches)))
+    close_workers(data)
+    show(wall, base=next(iter(passes)))
+    for name, values in cpu.items():
+        print(f"{name:<36}{1000 * statistics.median(values):9.2f} ms of CPU time per image")
 
 
 def augment(folder: Path, arguments: argparse.Namespace) -> None:
@@ -276,22 +349,38 @@ def augment(folder: Path, arguments: argparse.Namespace) -> None:
     show(batches_of(variants, rows=64, batch=32, rounds=arguments.rounds), base="loader: all")
 
 
+#: What can be chosen by a flag of that name, in the order in which all of it runs.
+PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "small": small,
+    "large": large,
+    "handover": handover,
+    "augment": augment,
+    "workers": workers,
+}
+
+
+def counts(text: str) -> list[int]:
+    """1,2,4 as numbers."""
+    return [int(count) for count in text.split(",")]
+
+
+def in_a_folder(part: Callable[[Path, argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        part(Path(folder), arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one comparison."""
+    """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    for name in ("large", "handover", "augment"):
+    for name in list(PARTS)[:-1]:
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--workers", type=counts, nargs="?", const="1,2,4", help="how many threads or processes: 1,2,4")
+    parser.add_argument("--kind", choices=("threads", "processes"), help="of --workers; default: both")
     parser.add_argument("--photos", type=int, default=500, help="how many small photos")
     parser.add_argument("--rounds", type=int, default=10, help="blocks to measure")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    comparisons: Iterator[Callable[[Path, argparse.Namespace], None]] = iter(
-        run
-        for name, run in (("large", large), ("handover", handover), ("augment", augment))
-        if getattr(arguments, name)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        next(comparisons, small)(Path(folder), arguments)
+    run_parts({name: functools.partial(in_a_folder, part, arguments) for name, part in PARTS.items()}, arguments)
     return 0
 
 

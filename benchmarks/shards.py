@@ -1,6 +1,7 @@
 """Tar shards as a source: reading samples, listing them, and fetching them from a server.
 
-    python benchmarks/shards.py              reads (CPU time per image): ours in order and shuffled, files of a folder, the
+    python benchmarks/shards.py              both of these
+    python benchmarks/shards.py --read       reads (CPU time per image): ours in order and shuffled, files of a folder, the
                                              webdataset library; the limit: the shards read from end to end
     python benchmarks/shards.py --fetch      a pass from an HTTP server of this machine (wall time): ours with an empty
                                              cache, the library through curl; the limit: the bytes alone
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import webdataset as wds
-from _rounds import quartiles, ratios, turns
+from _rounds import quartiles, ratios, run_parts, turns
 from jpeg import write_photos
 
 from vissl_like.config.schema_data import Split, Stream
@@ -139,6 +140,7 @@ def fetches(folder: Path, rounds: int) -> None:
 def main() -> None:
     """Make the photos and their shards, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--read", action="store_true")
     parser.add_argument("--fetch", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
@@ -148,7 +150,7 @@ def main() -> None:
         source, target = str(folder / "images"), str(folder / "shards")
         shrink(source, target, short_side=500, format="webdataset", shard_size=PER_SHARD)
         time.sleep(4)  # lists of shards that are just being written are not kept
-        (fetches if given.fetch else reads)(folder, given.rounds)
+        run_parts({"read": lambda: reads(folder, given.rounds), "fetch": lambda: fetches(folder, given.rounds)}, given)
 
 
 if __name__ == "__main__":

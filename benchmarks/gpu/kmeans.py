@@ -4,18 +4,25 @@
     python benchmarks/gpu/kmeans.py --device cpu --rows 8000 --dim 64 --clusters 100  shows that it works
 
 Equal first centroids, rows and iterations. Seconds of wall time per iteration, with the rows already on the device: the
-difference between a run of many iterations and one of a single iteration. The variants take turns.
+difference between a run of many iterations and one of a single iteration. The variants take turns in shuffled order, and
+the ratios of a round are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from _rounds import in_words, ratios, turns
 
 from vissl_like.analysis.blocks import Blocks, block_rows
 from vissl_like.analysis.kmeans import faiss_module, kmeans
@@ -117,25 +124,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     faiss = faiss_module()
     if device.type == "cuda" and faiss is not None and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         runs["faiss-gpu"] = by_faiss(x, k=k)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for number in range(arguments.rounds + 1):
-        for name, run in runs.items():
-            once, _ = seconds_of(run, 1, device=device)
-            many, objective = seconds_of(run, 1 + arguments.iterations, device=device)
-            if number:  # the first round warms up
-                found[name].append(((many - once) / arguments.iterations, objective))
-    flop = 2 * arguments.rows * arguments.dim * k
-    for name, values in found.items():
-        middle = statistics.median(seconds for seconds, _ in values)
-        objective = f"objective {values[-1][1]:.6g}" if values[-1][1] else ""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    objectives: dict[str, float] = {}
+    for number, name in turns(runs, rounds=arguments.rounds + 1):
+        once, _ = seconds_of(runs[name], 1, device=device)
+        many, objectives[name] = seconds_of(runs[name], 1 + arguments.iterations, device=device)
+        if number:  # the first round warms up
+            seconds[name].append((many - once) / arguments.iterations)
+    show(seconds, objectives, flop=2.0 * arguments.rows * arguments.dim * k)
+    return 0
+
+
+def show(seconds: dict[str, list[float]], objectives: dict[str, float], *, flop: float) -> None:
+    """A line for each variant, then ours as a share of the matrix products, and of faiss where it ran."""
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        objective = f"objective {objectives[name]:.6g}" if objectives[name] else ""
         print(f"{name:<28}{1000 * middle:10.1f} ms per iteration{flop / middle / 1e12:10.2f} TFLOP/s   {objective}")
     for precision in PRECISIONS:
-        limit, mine = (found[f"{who}, {precision}"] for who in ("matrix product", "ours"))
-        parts = [one[0] / other[0] for one, other in zip(limit, mine)]
-        print(
-            f"ours, {precision}: {statistics.median(parts):.2f} of the matrix product ({min(parts):.2f} to {max(parts):.2f})"
-        )
-    return 0
+        mine, limit = f"ours, {precision}", f"matrix product, {precision}"
+        print(f"{limit} / ours: {in_words(ratios(seconds, limit, mine))}")
+        if "faiss-gpu" in seconds:
+            print(f"faiss-gpu / {mine}: {in_words(ratios(seconds, 'faiss-gpu', mine))}")
 
 
 if __name__ == "__main__":
