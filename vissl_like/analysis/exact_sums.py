@@ -58,7 +58,8 @@ class ExactSums:
             self._add(block, labels, self._target(span))
         with self._lock:
             if before is not None or span in self._clusters:
-                self._clusters[span] = labels.int()
+                # In place: small tensors that are made anew in each pass, between others, leave holes in memory.
+                self._clusters[span] = labels.int() if before is None else before.copy_(labels)
             self._counts.index_add_(0, labels, torch.ones_like(labels))
 
     def total(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:
