@@ -313,12 +313,13 @@ def workers(folder: Path, arguments: argparse.Namespace) -> None:
     def by_processes(count: int) -> Iterable[Any]:
         return row_batches(data, batches, workers=count)
 
+    given = arguments.workers or [1, 2, 4]
     passes: dict[str, Callable[[], Iterable[Any]]] = {}
-    for count in arguments.workers or [1, 2, 4]:
+    for count in given:
         if arguments.kind != "processes":
-            passes[f"{count} threads"] = functools.partial(by_threads, ThreadPoolExecutor(count))
+            passes[f"threads: {count}"] = functools.partial(by_threads, ThreadPoolExecutor(count))
         if arguments.kind != "threads":
-            passes[f"{count} processes"] = functools.partial(by_processes, count)
+            passes[f"processes: {count}"] = functools.partial(by_processes, count)
     wall: dict[str, list[float]] = {name: [] for name in passes}
     cpu: dict[str, list[float]] = {name: [] for name in passes}
     for number, name in turns(passes, rounds=arguments.rounds + 1):
@@ -332,6 +333,10 @@ def workers(folder: Path, arguments: argparse.Namespace) -> None:
     show(wall, base=next(iter(passes)))
     for name, values in cpu.items():
         print(f"{name:<36}{1000 * statistics.median(values):9.2f} ms of CPU time per image")
+    for count in given if arguments.kind is None else []:
+        threads, processes = f"threads: {count}", f"processes: {count}"
+        speed, work = ratios(wall, processes, threads), ratios(cpu, threads, processes)
+        print(f"{count}: images/s, threads / processes {in_words(speed)}; CPU time {in_words(work)}")
 
 
 def augment(folder: Path, arguments: argparse.Namespace) -> None:
