@@ -15,6 +15,7 @@ from vissl_like.config.stages import StageJob, stage_jobs
 from vissl_like.errors import UserError
 from vissl_like.launch import slurm, stage_folder
 from vissl_like.launch.contents import is_below
+from vissl_like.launch.dry_run_parts import describe_split, model_parts, open_split, refuse_few_images
 from vissl_like.launch.inputs import MODEL_ENGINES, splits_to_open
 from vissl_like.launch.local import plan_for
 
@@ -45,8 +46,6 @@ def stage_lines(job: Job, run_dir: Path) -> Iterator[str]:
 def _details(
     stage: StageJob, stages: list[StageJob], run_dir: Path, opened: _Opened, again: list[str]
 ) -> Iterator[str]:
-    from vissl_like.launch.dry_run import describe_split, model_parts, refuse_few_images
-
     job, plan = plan_for(stage.job, slurm.expected(stage.job.config))
     if job.engine_name not in MODEL_ENGINES:
         return
@@ -72,8 +71,6 @@ def _details(
 
 
 def _open(job: Job, split: str, opened: _Opened) -> ImageDataset:
-    from vissl_like.launch.dry_run import open_split
-
     config = job.config
     about = [split, job.engine_name, config.SEED_VALUE, config.MODEL.INPUT_TYPE, config.DATA.model_dump(mode="json")]
     key = json.dumps(about, sort_keys=True)
