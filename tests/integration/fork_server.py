@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import multiprocessing.process
 import os
@@ -25,14 +26,17 @@ import threading
 import traceback
 from typing import Any
 
+import spawning
+
 
 def run(request: dict[str, Any]) -> int:
     """One run, in a process group of its own."""
     os.setsid()
-    if "kill_after_s" in request:
-        threading.Timer(request["kill_after_s"], os.killpg, [os.getpgrp(), signal.SIGKILL]).start()
     if "namespace" in request:
         enter(request["namespace"])
+    spawning.prepare()
+    if "kill_after_s" in request:
+        threading.Timer(request["kill_after_s"], os.killpg, [os.getpgrp(), signal.SIGKILL]).start()
     os.chdir(request["cwd"])
     multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # where the processes begin that the run starts
     os.environ.clear()
@@ -96,6 +100,8 @@ def serve(path: str) -> None:
 
     Image.init()
     load_job(["config=debug/supervised_synthetic", "config.DATA.TRAIN.DATA_PATHS=[]"])  # Hydra's imports and tables
+    gc.collect()
+    gc.freeze()  # a collection in a fork would touch, and so copy, all that it shares with this process
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -110,6 +116,7 @@ def serve(path: str) -> None:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+    os._exit(0)  # there is nothing to take apart
 
 
 if __name__ == "__main__":

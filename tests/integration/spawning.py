@@ -1,0 +1,121 @@
+"""What multiprocessing starts anew ("spawn", "forkserver"), started as a fork of a process that has imported torch.
+
+`prepare` is called by a process that is as clean as at its start, and leaves a copy of it beside it, the template. What
+multiprocessing starts from then on are forks of the template: they know nothing of what the process has done since, yet
+are its children, whose signals, deaths and exit codes are its own affair. Only the imports are spared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing import util
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+#: An interpreter that has imported torch does not end at once: who was killed is found dead before those who miss him.
+_LAST_MOMENTS_S = 0.5
+_libc = ctypes.CDLL(None)
+
+
+def prepare() -> None:
+    """From here on, what multiprocessing of this process starts is a fork of this process as it is now."""
+    process, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        _serve(template)
+    template.close()
+    start_afresh = util.spawnv_passfds
+
+    def start(path: str, args: Sequence[str], passfds: Sequence[int]) -> int:
+        program = next((word for word in args if isinstance(word, str) and "multiprocessing" in word), "")
+        if "spawn_main" not in program and "forkserver" not in program:
+            return start_afresh(path, args, passfds)
+        request = {"program": program, "fds": [0, 1, 2, *passfds], "env": dict(os.environ), "cwd": os.getcwd()}
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # an orphan becomes a child of this process
+        socket.send_fds(process, [json.dumps(request).encode()], request["fds"])
+        started = int(process.recv(64))
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+        return started
+
+    util.spawnv_passfds = start
+
+
+def _serve(requests: socket.socket) -> None:
+    """As the template: fork what is asked for, to the end of the process."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    os.dup2(requests.fileno(), 3)
+    requests.detach()
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    os.closerange(4, 1 << 16)
+    with socket.socket(fileno=3) as asked:
+        while True:
+            words, fds, _, _ = socket.recv_fds(asked, 1 << 20, 250)
+            if not words:
+                os._exit(0)
+            asked.send(str(_start(json.loads(words), fds, handlers)).encode())
+            for number in fds:
+                os.close(number)
+
+
+def _start(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals, Any]) -> int:
+    """The process id of a new fork, which is an orphan."""
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between == 0:
+        parent = os.getpid()
+        if child := os.fork():
+            os.write(writing, str(child).encode())
+            os._exit(0)
+        os.close(reading)
+        os.close(writing)
+        while os.getppid() == parent:
+            time.sleep(0.0005)
+        _run(request, fds, handlers)
+    os.close(writing)
+    os.waitpid(between, 0)
+    with os.fdopen(reading) as said:
+        return int(said.read())
+
+
+def _run(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals, Any]) -> None:
+    """As the fork: run `python -c program` with these files."""
+    code = 1
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        free = max(*fds, *request["fds"]) + 1
+        copies = [fcntl.fcntl(number, fcntl.F_DUPFD, free) for number in fds]
+        os.closerange(3, free)
+        for copy, number in zip(copies, request["fds"]):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.argv = ["-c", "--multiprocessing-fork"]
+        sys.modules.pop("hydra", None)  # so that it is seen who imports it
+        prepare()
+        exec(request["program"], {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        time.sleep(_LAST_MOMENTS_S)
+    os._exit(code)
