@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.forks import Ended, Fork, places, run_ranks
+from tests.integration.forks import Ended, Fork, places, run_ranks, write_command
 
 HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
@@ -176,14 +177,23 @@ def test_ctrl_c_elsewhere_ends_the_run(started: list[Fork | subprocess.Popen[str
     assert command.returncode == 130 and "interrupted" in error and "Traceback" not in error
 
 
-def torchrun(workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The command as torchrun starts it: two processes, the agent's store."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    return run_afresh(workdir, *launcher, "--rdzv-endpoint", "localhost:0", str(TOOL), *ENDINGS, *overrides)
+#: The command as torchrun starts it: two processes, the agent's store.
+TORCHRUN = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def torchrun(workdir: Path, *overrides: str) -> Ended:
+    """torchrun and what it starts, as forks."""
+    write_command(workdir / "tool", program=TOOL)
+    program = importlib.util.find_spec("torch.distributed.run")
+    assert program is not None and program.origin is not None
+    words = [*TORCHRUN, "--no-python", str(workdir / "tool"), *ENDINGS, *overrides]
+    (done,) = run_ranks(words, cwd=workdir, env=ENVIRONMENT, program=Path(program.origin))
+    return done
 
 
 def test_an_environment_of_torchrun_is_recognised(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "config.DISTRIBUTED.NUM_PROC_PER_NODE=5")
+    command = ["-m", "torch.distributed.run", *TORCHRUN, str(TOOL), *ENDINGS]
+    done = run_afresh(tmp_path, *command, "config.DISTRIBUTED.NUM_PROC_PER_NODE=5")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "a/results.json").read_text())["ranks"] == 2
     plan = json.loads((tmp_path / "a/plan.json").read_text())

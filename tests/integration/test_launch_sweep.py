@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.integration.forks import Ended, run_ranks
 from vissl_like.config.check import load_sweep
 from vissl_like.launch.main import main
 from vissl_like.launch.sweep import LEDGER, make_points, read
 
 HERE = Path(__file__).parent
-TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
+ROOT = HERE.parents[1]
+TOOL = ROOT / "tools/run_distributed_engines.py"
 ENDINGS = ["-m", "engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false", "config.RUN.DIR=s"]
 
 
@@ -27,23 +29,30 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
 
 
-def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(capfd: pytest.CaptureFixture[str]) -> None:
-    overrides = [*ENDINGS, "config.SEED_VALUE=2", "config.RUN.NAME=mistake,ok"]
-    assert main(overrides) == 3
+def sweep(*overrides: str) -> Ended:
+    """A sweep to its end, each point in a process of its own."""
+    (done,) = run_ranks([*ENDINGS, *overrides], cwd=Path.cwd(), env={"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"})
+    return done
+
+
+def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again() -> None:
+    overrides = ["config.SEED_VALUE=2", "config.RUN.NAME=mistake,ok"]
+    done = sweep(*overrides)
+    assert done.returncode == 3
     lines = read(Path("s") / LEDGER)
     assert [(line["status"], line["exit"]) for line in lines] == [("failed", 3), ("done", 0)]
     assert [line["metrics"].get("seed") for line in lines] == [None, 2]
     assert [line["run_dir"] for line in lines] == ["s/RUN.NAME-mistake", "s/RUN.NAME-ok"]
     assert "config.SEED_VALUE=2" in lines[1]["overrides"]
-    printed = capfd.readouterr()
-    assert "error: config.RUN.NAME=mistake: config.DATA: these images are wrong." in printed.err
-    assert printed.out.count("failed (3)") == 1 and printed.out.count("done") == 1
+    assert "error: config.RUN.NAME=mistake: config.DATA: these images are wrong." in done.stderr
+    assert done.stdout.count("failed (3)") == 1 and done.stdout.count("done") == 1
     assert json.loads(Path("s/RUN.NAME-ok/results.json").read_text())["seed"] == 2
 
-    assert main(overrides) == 3  # finished points are skipped, failed ones are tried again
+    again = sweep(*overrides)
+    assert again.returncode == 3  # finished points are skipped, failed ones are tried again
     lines = read(Path("s") / LEDGER)
     assert [line["status"] for line in lines] == ["failed", "done", "failed"]
-    assert capfd.readouterr().err.count("finished before") == 1
+    assert again.stderr.count("finished before") == 1
 
 
 def test_a_mistake_in_any_point_stops_the_sweep_before_its_first_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,10 +78,10 @@ def test_lost_data_are_named_with_their_point(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_sweep_of_one_run_says_so_and_one_of_twins_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ENDINGS, "config.SEED_VALUE=4"]) == 0
-    said = capsys.readouterr()
-    assert "warning: -m: no key has several values, so this is a sweep of one run." in said.err
-    assert "Its folder: s/only." in said.err and "the only point" in said.out
+    done = sweep("config.SEED_VALUE=4")
+    assert done.returncode == 0
+    assert "warning: -m: no key has several values, so this is a sweep of one run." in done.stderr
+    assert "Its folder: s/only." in done.stderr and "the only point" in done.stdout
     assert json.loads(Path("s/only/results.json").read_text())["seed"] == 4
     assert main([*ENDINGS, "config.SEED_VALUE=4,5,4"]) == 2
     assert "-m: config.SEED_VALUE=4 is there twice; give each value once." in capsys.readouterr().err
@@ -84,7 +93,7 @@ def test_points_have_folders_of_their_own() -> None:
 
 
 def test_a_killed_point_does_not_take_the_sweep_with_it() -> None:
-    assert main([*ENDINGS, "config.RUN.NAME=killed,ok"]) == 137
+    assert sweep("config.RUN.NAME=killed,ok").returncode == 137
     lines = read(Path("s") / LEDGER)
     assert [(line["status"], line["exit"]) for line in lines] == [("failed", 137), ("done", 0)]
 
@@ -93,7 +102,7 @@ def test_a_signal_lets_the_running_point_save_and_starts_no_other() -> None:
     """To the sweep alone, as a scheduler may send it."""
     command = subprocess.Popen(
         [sys.executable, str(TOOL), *ENDINGS, "config.RUN.NAME=stop", "config.SEED_VALUE=1,2"],
-        env=os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 import pytest
 
 from tests.integration import fake_slurm
+from tests.integration.forks import Fork
 from tests.integration.training_runs import SMALL, launch, losses, records
 from vissl_like.launch.main import main
 from vissl_like.launch.slurm import SUBMISSION_FILE
 from vissl_like.launch.sweep import LEDGER, read
 
 HERE = Path(__file__).parent
-TOOL = HERE.parents[1] / "tools/run_distributed_engines.py"
 SUBMIT = ["config.SLURM.USE_SLURM=true", "config.MACHINE.DEVICE=cpu"]
 LOCAL = [*SUBMIT, "config.SLURM.CLUSTER=local"]
 ENDINGS = ["engine_name=endings", "config.PLUGINS=[launch_plugin]", "config.RUN.REPORT=false"]
@@ -223,17 +222,14 @@ def test_a_sweep_does_not_run_once_per_rank(
     assert "with one task per node" in capsys.readouterr().err
 
 
-def test_tasks_of_srun_are_ranks(tmp_path: Path) -> None:
+def test_tasks_of_srun_are_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real processes with the variables that srun gives to two tasks on one node."""
     step = {**STEP, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "3"}  # the port follows from the job
     words = [*ENDINGS, "config.MACHINE.DEVICE=cpu", "config.RUN.DIR=a", "config.SLURM.USE_SLURM=true"]
-    tasks = []
-    for rank in range(2):
-        environ = os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-        environ.pop("OMP_NUM_THREADS", None)
-        command = [sys.executable, str(TOOL), *words]
-        tasks.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [task.communicate(timeout=200) for task in tasks]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    tasks = [Fork(words, cwd=tmp_path, env=step | place) for place in places]
+    said = [task.communicate() for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     assert json.loads(Path("a/results.json").read_text())["ranks"] == 2
     started = sorted(line.partition(",")[0] for line in Path("a/started.txt").read_text().splitlines())
