@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.integration.forks import run_ranks
 from vissl_like.config import reference
-from vissl_like.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = string.ascii_uppercase + "_"
@@ -72,16 +73,31 @@ def arguments(wrong: str, place: str, folder: Path) -> list[str]:
     }[place]
 
 
+#: Runs command lines one after the other, where nobody counts lines: (exit code, stderr) of each.
+ONE_BY_ONE = """
+import contextlib, io, json, sys
+from pathlib import Path
+from tests.integration.test_typos import arguments
+from vissl_like.launch.main import main
+ended = []
+for wrong in sys.argv[2:]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(arguments(wrong, sys.argv[1], Path.cwd()))
+    ended.append((code, said.getvalue()))
+print(json.dumps(ended))
+"""
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_the_right_key_is_suggested_first(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_right_key_is_suggested_first(place: str, tmp_path: Path) -> None:
+    cases, program = typos(NUMBER // len(PLACES), seed=PLACES.index(place)), tmp_path / "one_by_one.py"
+    program.write_text(ONE_BY_ONE)
+    (done,) = run_ranks([place, *(wrong for wrong, _ in cases)], cwd=tmp_path, program=program)
+    assert done.returncode == 0, done.stderr
     missed = []
-    for wrong, right in typos(NUMBER // len(PLACES), seed=PLACES.index(place)):
-        assert main(arguments(wrong, place, tmp_path)) == 2
-        error = capsys.readouterr().err
-        assert f"unknown key {wrong}" in error and "Traceback" not in error
+    for (wrong, right), (code, error) in zip(cases, json.loads(done.stdout), strict=True):
+        assert code == 2 and f"unknown key {wrong}" in error and "Traceback" not in error
         suggested = re.search(r"did you mean ([\w.]+)", error)
         if suggested is None or suggested.group(1) != right:
             missed.append((wrong, right, suggested and suggested.group(1)))
