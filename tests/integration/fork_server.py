@@ -6,7 +6,8 @@ A client (forks.py, or the command of forks.write_command) connects to the socke
 with one JSON line: {argv, cwd, env, and if wanted program: a Python file in place of the command line, and kill_after_s:
 seconds after which the run is killed, with all processes that it has started, namespace: the network that it runs in}.
 The answer is its process id and, when it has ended, its exit code (negative: the signal that killed it), a line each.
-This process itself never computes anything, which makes forking it safe.
+This process itself never computes anything, which makes forking it safe. What a run starts by multiprocessing is forked,
+too: see spawning.py.
 """
 
 from __future__ import annotations

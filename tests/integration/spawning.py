@@ -28,10 +28,11 @@ _libc = ctypes.CDLL(None)
 
 
 def prepare() -> None:
-    """From here on, what multiprocessing of this process starts is a fork of this process as it is now."""
+    """From here on, what multiprocessing of this process starts is a fork of this process as it is now (on Linux)."""
+    if sys.platform != "linux":
+        return
     process, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
+    if os.fork() == 0:
         _serve(template)
     template.close()
     start_afresh = util.spawnv_passfds
@@ -41,11 +42,14 @@ def prepare() -> None:
         if "spawn_main" not in program and "forkserver" not in program:
             return start_afresh(path, args, passfds)
         request = {"program": program, "fds": [0, 1, 2, *passfds], "env": dict(os.environ), "cwd": os.getcwd()}
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # an orphan becomes a child of this process
-        socket.send_fds(process, [json.dumps(request).encode()], request["fds"])
-        started = int(process.recv(64))
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
-        return started
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a real start is not interrupted, either
+        try:
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # an orphan becomes a child of this process
+            socket.send_fds(process, [json.dumps(request).encode()], request["fds"])
+            return int(process.recv(64))
+        finally:
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     util.spawnv_passfds = start
 
@@ -106,7 +110,7 @@ def _run(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals,
         os.environ.clear()
         os.environ.update(request["env"])
         sys.argv = ["-c", "--multiprocessing-fork"]
-        sys.modules.pop("hydra", None)  # so that it is seen who imports it
+        sys.modules.pop("hydra", None)  # who imports it is seen
         prepare()
         exec(request["program"], {"__name__": "__main__"})
         code = 0

@@ -1,7 +1,7 @@
 """Every command block of the documentation marked `bash runnable` runs as printed, on a tiny folder of images.
 
-`vissl-like` and tools/run_distributed_engines.py run in forks of a process that has imported torch; processes that these
-start, and other programs, begin as they do for a reader.
+`vissl-like` and tools/run_distributed_engines.py, and the processes that they start, run in forks of a process that has
+imported torch; other programs begin as they do for a reader.
 """
 
 from __future__ import annotations
