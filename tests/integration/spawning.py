@@ -22,8 +22,6 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-#: An interpreter that has imported torch does not end at once: who was killed is found dead before those who miss him.
-_LAST_MOMENTS_S = 0.5
 _libc = ctypes.CDLL(None)
 
 
@@ -120,6 +118,4 @@ def _run(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals,
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        time.sleep(_LAST_MOMENTS_S)
     os._exit(code)

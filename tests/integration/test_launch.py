@@ -130,9 +130,11 @@ def test_overwrite_starts_anew_and_touches_only_what_runs_write() -> None:
     assert run("config.RUN.DIR=a") == 0
     Path("a/notes.txt").write_text("mine")
     Path("a/checkpoints").mkdir()
+    Path("a/train_label_to_index_map.json").write_text("{}")
     assert run("config.RUN.DIR=a", "config.SEED_VALUE=5", "config.RUN.OVERWRITE=true") == 0
     assert read("a/results.json")["seed"] == 5
     assert Path("a/notes.txt").read_text() == "mine" and not Path("a/checkpoints").exists()
+    assert not Path("a/train_label_to_index_map.json").exists()
 
 
 def test_overwrite_removes_nothing_from_a_folder_that_is_no_run() -> None:

@@ -112,7 +112,15 @@ def test_part_imagenet_ood_cuts_the_training_annotations_in_two(
         ],
         "categories": [{"id": 1, "name": "Fish Head"}],
         "annotations": [
-            {"id": i, "image_id": 10 + i, "category_id": 1, "area": 9, "segmentation": [[i, 0, 3, 3]]} for i in range(4)
+            {
+                "id": i,
+                "image_id": 10 + i,
+                "category_id": 1,
+                "area": 9,
+                "segmentation": [[i, 0, 3, 3]],
+                "bbox": [i, 0, 3, 3],
+            }
+            for i in range(4)
         ],
     }
     (tmp_path / "train.json").write_text(json.dumps(content))

@@ -233,9 +233,9 @@ def _auto_path(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     notes = []
     while len(path) < 4:
         # A measure beside the weights (best_acc1) makes no state dict of the file, an average beside them no checkpoint.
-        beside = sum(_is_array(value) and math.prod(value.shape) > 1 for value in content.values())
+        beside = sum(map(_is_table, content.values()))
         inside = {key: content[key] for key in AUTO_KEYS if isinstance(content.get(key), Mapping)}
-        candidates = [key for key, found in inside.items() if not beside or _num_arrays(found) > beside]
+        candidates = [key for key, found in inside.items() if not beside or _num_tables(found) > beside]
         if not candidates:
             break
         if len(candidates) > 1:
@@ -267,10 +267,15 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
 
 
-def _num_arrays(node: Any) -> int:
-    """How many tensors there are in a dictionary and those within it."""
+def _is_table(value: Any) -> bool:
+    """Whether this is a tensor of several numbers: most likely weights."""
+    return _is_array(value) and math.prod(value.shape) > 1
+
+
+def _num_tables(node: Any) -> int:
+    """How many tensors of several numbers there are in a dictionary and those within it."""
     values = node.values() if isinstance(node, Mapping) else ()
-    return sum(1 if _is_array(value) else _num_arrays(value) for value in values)
+    return sum(_is_table(value) or _num_tables(value) for value in values)
 
 
 def _tensors(found: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:

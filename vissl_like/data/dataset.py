@@ -315,7 +315,8 @@ def _own_labels(source: Source, options: Split, split: str) -> Labels | None:
         if options.LABEL_SOURCES:
             raise DataError(
                 f"config.DATA.{split}.LABEL_SOURCES={options.LABEL_SOURCES}: {source.name} knows no labels. A "
-                "folder has them if every image lies in a sub-folder; a file list needs LABEL_PATHS."
+                "folder has them if every image lies in a sub-folder; a file list needs LABEL_PATHS. Without labels leave "
+                "LABEL_SOURCES out, and set LABEL_TYPE=zero."
             )
         return None
     if source.class_names:

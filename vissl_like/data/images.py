@@ -312,9 +312,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def write_label_map(self, run_dir: Path) -> None:
         """Write RUN.DIR/<split>_label_to_index_map.json, {name of a class: its number}, if the classes have names."""
-        if self.class_names and distributed.is_main():
-            numbers = {name: number for number, name in enumerate(self.class_names)}
-            write_json(run_dir / f"{self.split.lower()}_label_to_index_map.json", numbers)
+        if not distributed.is_main():
+            return
+        file = run_dir / f"{self.split.lower()}_label_to_index_map.json"
+        if self.class_names:
+            write_json(file, {name: number for number, name in enumerate(self.class_names)})
+        else:
+            file.unlink(missing_ok=True)
 
     def write_bad_images(self, run_dir: Path | None = None) -> Path | None:
         """Add what all ranks found to RUN.DIR/bad_images.txt; every rank must call it. None if nothing is listed there.

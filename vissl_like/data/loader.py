@@ -81,7 +81,7 @@ def train_batches(
                 weights.append(order.micro_batch_weight(len(dataset), step=step, rows=stop - start, **shape))
             else:
                 weights.append(order.counted_weight(before, step=step, start=start, stop=stop, **shape))
-    batches = _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory)
+    batches = _fetch(dataset, requests, workers=workers, method=method, pin_memory=pin_memory, accumulate=accumulate)
     for batch, weight in zip(batches, weights):
         yield {**batch, "weight": torch.tensor(weight)}
 
@@ -221,12 +221,18 @@ def _refuse_mixed_shapes(images: list[torch.Tensor], *, dataset: ImageDataset, r
 
 
 def _fetch(
-    dataset: ImageDataset, requests: list[_Request], *, workers: int, method: str, pin_memory: bool
+    dataset: ImageDataset,
+    requests: list[_Request],
+    *,
+    workers: int,
+    method: str,
+    pin_memory: bool,
+    accumulate: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The batches of the requests, in order."""
     if dataset.sharding is not None:
-        # One more than this process's workers have in hand: the other ranks are at most a step behind.
-        lag = 1 + workers * _PREFETCH
+        # What this process's workers have in hand, and a step: so much are other ranks behind at most.
+        lag = accumulate + workers * _PREFETCH
         hints = dataset.sharding.schedule([request.rows for request in requests], lag=lag)
         requests = [request._replace(hints=given) for request, given in zip(requests, hints)]
     if workers == 0 or len(requests) == 0:

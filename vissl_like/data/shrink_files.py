@@ -245,13 +245,18 @@ def _seen_again(
         try:
             if row not in there:
                 shrink_image(read_bytes(origin), path, short_side=settings.short_side, quality=settings.quality)
-            is_same = row in there and _stamp_of(origin) == there[row]
+            is_same = row in there and _is_of_one(_stamp_of(origin), there[row])
         except Unreadable as reason:
             is_same = row not in there
             outcome.bad[path] = str(reason)
         if not is_same:
             return None
     return outcome
+
+
+def _is_of_one(stamp: _Stamp, other: _Stamp) -> bool:
+    """Whether two stamps can be those of the same image."""
+    return stamp[0] == other[0] and abs(stamp[1] - other[1]) < _SAME_TIME_NS
 
 
 def _add_to_shard(

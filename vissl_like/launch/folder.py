@@ -46,6 +46,7 @@ _RECORDS = (
         "bad_images.txt",
         "report.html",
         "table.json",
+        *(f"{split}_label_to_index_map.json" for split in ("train", "val", "test")),
     ),
     *("weights_report.json", "weights_report.txt", "wandb_id.txt", "figures", "tb_logs", "profile", ".errors"),
 )

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 ERRORS_DIR = ".errors"
 STOPPED = "stopped"
 _WORD_BYTES = 1 << 15
+#: torch elastic tells of one process that it finds dead: that is to be the one that was killed, not one that missed it.
+_LAST_MOMENTS_S = 1.0
 #: Engines that launch others and need no processes of their own.
 RUNS_IN_LAUNCHER = ("pipeline",)
 
@@ -73,7 +75,8 @@ def run_rank(run_dir: str, words_dir: str) -> dict[str, Any]:
         _leave_word(Path(words_dir), rank, stop)
         return {STOPPED: str(stop)}
     except Exception as error:
-        _leave_word(Path(words_dir), rank, error)
+        if _leave_word(Path(words_dir), rank, error).is_lost:
+            time.sleep(_LAST_MOMENTS_S)
         raise
 
 
@@ -143,8 +146,8 @@ def _interrupt_is_a_request() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended
-def _leave_word(words_dir: Path, rank: int, error: Exception) -> None:
-    """Write words_dir/rank_K.json. The launcher puts the traceback of a defect into log.txt."""
+def _leave_word(words_dir: Path, rank: int, error: Exception) -> RankError:
+    """Write words_dir/rank_K.json, and return it. The launcher puts the traceback of a defect into log.txt."""
     from vissl_like.core import distributed
 
     is_defect = not isinstance(error, UserError | Stopped)
@@ -161,6 +164,7 @@ def _leave_word(words_dir: Path, rank: int, error: Exception) -> None:
     with contextlib.suppress(OSError):  # a full disk must not hide the first error
         words_dir.mkdir(exist_ok=True)
         (words_dir / f"rank_{rank}.json").write_text(json.dumps(asdict(word)), encoding="utf-8")
+    return word
 
 
 def place_of(error: BaseException) -> str:
