@@ -100,6 +100,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
 }
 
+#: kind -> the names that no plugin has brought.
+OWN = {kind: frozenset(table) for kind, table in COMPONENTS.items()}
+
 
 def names(kind: str) -> list[str]:
     """All known names of one kind, sorted."""

@@ -5,7 +5,8 @@
 A client (forks.py, or the command of forks.write_command) connects to the socket and sends its stdin, stdout and stderr
 with one JSON line: {argv, cwd, env, and if wanted program: a Python file in place of the command line, and kill_after_s:
 seconds after which the run is killed, with all processes that it has started, namespace: the network that it runs in}.
-The answer is its process id and, when it has ended, its exit code (negative: the signal that killed it), a line each.
+The answer is its process id and, when it has ended, its exit code (negative: the signal that killed it), a line each. If
+the client goes before that, the run is killed with its process group, which is named like the process.
 This process itself never computes anything, which makes forking it safe. What a run starts by multiprocessing is forked,
 too: see spawning.py.
 """
@@ -31,8 +32,7 @@ import spawning
 
 
 def run(request: dict[str, Any]) -> int:
-    """One run, in a process group of its own."""
-    os.setsid()
+    """One run."""
     if "namespace" in request:
         enter(request["namespace"])
     spawning.prepare()
@@ -68,9 +68,15 @@ def answer(client: socket.socket) -> None:
     """Run what is asked for in a process of its own, and say how that ended."""
     words, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
     while not words.endswith(b"\n"):
-        words += client.recv(1 << 20)
+        more = client.recv(1 << 20)
+        assert more, "the client went before it had asked"
+        words += more
+    spawning.adopt_orphans(True)
     pid = os.fork()
     if pid == 0:
+        os.setsid()
+        with contextlib.suppress(OSError):
+            client.sendall(f"{os.getpid()}\n".encode())
         client.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -81,11 +87,27 @@ def answer(client: socket.socket) -> None:
         os._exit(code)
     for stream in (*streams, 1, 2):
         os.close(stream)
+    has_ended = threading.Event()
+    telling = threading.Thread(target=tell, args=[client, pid, has_ended])
+    telling.start()
     with contextlib.suppress(OSError):
-        client.sendall(f"{pid}\n".encode())
+        client.recv(1)  # it says nothing more: this is its end
+    if not has_ended.is_set():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    telling.join()
+
+
+def tell(client: socket.socket, pid: int, has_ended: threading.Event) -> None:
+    """Say how the run ended, and wait for what it has left: where process 1 waits for nobody, that would stay for ever."""
     _, status = os.waitpid(pid, 0)
+    has_ended.set()
     with contextlib.suppress(OSError):  # nobody waits for the answer any more
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        client.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def serve(path: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 #: Seconds after which a run counts as hanging.
-PATIENCE_S = 600
+PATIENCE_S = 300
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ def run_ranks(
 ) -> list[Ended]:
     """Run the command as so many ranks, started as torchrun does, to their ends. `env`: further variables.
 
+    If one takes longer than PATIENCE_S, or the test is interrupted, all are killed.
+
     `program`: a Python file in place of the command line. `kill_after_s`: when each rank is killed, with all processes
     that it has started.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as connections:  # without one a run is killed
         outputs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(ranks)]
         clients = []
         for rank, place in enumerate(places(ranks)):
@@ -61,7 +63,8 @@ def run_ranks(
             request |= {"program": str(program)} if program else {}
             request |= {"kill_after_s": kill_after_s[rank]} if kill_after_s else {}
             with open(os.devnull) as stdin, open(outputs[rank][0], "wb") as out, open(outputs[rank][1], "wb") as error:
-                clients.append(_send(request, [stdin.fileno(), out.fileno(), error.fileno()]))
+                client = _send(request, [stdin.fileno(), out.fileno(), error.fileno()])
+                clients.append(connections.enter_context(client))
         codes = [_receive(client) for client in clients]
         texts = [[file.read_text(errors="replace") for file in files] for files in outputs]
     return [Ended(code, *text) for code, text in zip(codes, texts)]
@@ -70,7 +73,7 @@ def run_ranks(
 class Fork:
     """The command line in a fork that goes on beside the test, in a process group of its own: used as a Popen is.
 
-    `namespace`: the network that it runs in.
+    As a context manager it is killed in the end, with its group, if it still runs. `namespace`: the network that it runs in.
     """
 
     def __init__(
@@ -88,6 +91,15 @@ class Fork:
         self.pid = int(self._answer.readline())
         self.returncode: int | None = None
         self._said: tuple[str, str] | None = None
+
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self.communicate()
 
     def poll(self) -> int | None:
         """The exit code if it has ended."""
@@ -117,19 +129,30 @@ class Fork:
 
 
 def write_command(path: Path, *, program: Path | None = None) -> None:
-    """Write a command that runs in a fork what it is given, where it is called. `program`: as of run_ranks."""
+    """Write a command that runs in a fork what it is given, where it is called. `program`: as of run_ranks.
+
+    It hands SIGINT and SIGTERM on to the fork, which ends with it.
+    """
     further = {"program": str(program)} if program else {}
     path.write_text(f"#!{sys.executable} -IS\n{_COMMAND.format(socket=str(_server()), further=further)}")
     path.chmod(0o755)
 
 
-_COMMAND = """import json, os, socket, sys
+_COMMAND = """import contextlib, ctypes, json, os, signal, socket, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 server = socket.socket(socket.AF_UNIX)
 server.connect({socket!r})
 request = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), **{further!r}}}
 socket.send_fds(server, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
 answer = server.makefile()
-pid, code = int(answer.readline()), int(answer.readline())
+pid = int(answer.readline())
+def hand_on(number, frame):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, hand_on)
+code = int(answer.readline())
 sys.exit(code if code >= 0 else 128 - code)
 """
 
@@ -143,7 +166,7 @@ def _send(request: dict[str, Any], streams: list[int]) -> socket.socket:
 
 
 def _receive(client: socket.socket) -> int:
-    with client, client.makefile() as answer:
+    with client.makefile() as answer:
         answer.readline()  # its process id
         return int(answer.readline())
 

@@ -22,7 +22,7 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prepare() -> None:
@@ -30,8 +30,10 @@ def prepare() -> None:
     if sys.platform != "linux":
         return
     process, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the template waits: what it is sent is for the process
     if os.fork() == 0:
-        _serve(template)
+        _serve(template, mask)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     template.close()
     start_afresh = util.spawnv_passfds
 
@@ -42,20 +44,32 @@ def prepare() -> None:
         request = {"program": program, "fds": [0, 1, 2, *passfds], "env": dict(os.environ), "cwd": os.getcwd()}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a real start is not interrupted, either
         try:
-            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # an orphan becomes a child of this process
+            adopt_orphans(True)
             socket.send_fds(process, [json.dumps(request).encode()], request["fds"])
-            return int(process.recv(64))
+            pid = int(process.recv(64))
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # an error if it is no child of this process
+            return pid
         finally:
-            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+            adopt_orphans(False)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     util.spawnv_passfds = start
 
 
-def _serve(requests: socket.socket) -> None:
-    """As the template: fork what is asked for, to the end of the process."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+def adopt_orphans(wanted: bool) -> None:
+    """Whether what is left of the children of this process becomes its child (on Linux)."""
+    if sys.platform == "linux":
+        _prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _serve(requests: socket.socket, mask: set[signal.Signals]) -> None:
+    """As the template: fork what is asked for, to the end of the process. `mask`: the signals that forks block."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(requests.fileno(), 3)
     requests.detach()
     null = os.open(os.devnull, os.O_RDWR)
@@ -67,12 +81,12 @@ def _serve(requests: socket.socket) -> None:
             words, fds, _, _ = socket.recv_fds(asked, 1 << 20, 250)
             if not words:
                 os._exit(0)
-            asked.send(str(_start(json.loads(words), fds, handlers)).encode())
+            asked.send(str(_start(json.loads(words), fds, mask)).encode())
             for number in fds:
                 os.close(number)
 
 
-def _start(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals, Any]) -> int:
+def _start(request: dict[str, Any], fds: list[int], mask: set[signal.Signals]) -> int:
     """The process id of a new fork, which is an orphan."""
     reading, writing = os.pipe()
     between = os.fork()
@@ -85,19 +99,17 @@ def _start(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signal
         os.close(writing)
         while os.getppid() == parent:
             time.sleep(0.0005)
-        _run(request, fds, handlers)
+        _run(request, fds, mask)
     os.close(writing)
     os.waitpid(between, 0)
     with os.fdopen(reading) as said:
         return int(said.read())
 
 
-def _run(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals, Any]) -> None:
+def _run(request: dict[str, Any], fds: list[int], mask: set[signal.Signals]) -> None:
     """As the fork: run `python -c program` with these files."""
     code = 1
     try:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         free = max(*fds, *request["fds"]) + 1
         copies = [fcntl.fcntl(number, fcntl.F_DUPFD, free) for number in fds]
         os.closerange(3, free)
@@ -108,7 +120,7 @@ def _run(request: dict[str, Any], fds: list[int], handlers: dict[signal.Signals,
         os.environ.clear()
         os.environ.update(request["env"])
         sys.argv = ["-c", "--multiprocessing-fork"]
-        sys.modules.pop("hydra", None)  # who imports it is seen
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # now comes what it has been sent since it was forked
         prepare()
         exec(request["program"], {"__name__": "__main__"})
         code = 0

@@ -210,6 +210,17 @@ def test_a_wrong_configuration_ends_all_processes_of_torchrun(tmp_path: Path) ->
     assert done.returncode != 0
     assert done.stderr.count("unknown key config.SEED_VALU; did you mean config.SEED_VALUE?") == 1
     assert not (tmp_path / "a").exists()
+    assert not processes_in(tmp_path)
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Ids of the processes that work in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            if (process / "cwd").readlink() == folder.resolve():
+                found.append(process.name)
+    return found
 
 
 def test_processes_that_torchrun_did_not_start_meet_without_its_store(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -228,8 +229,9 @@ def test_tasks_of_srun_are_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     words = [*ENDINGS, "config.MACHINE.DEVICE=cpu", "config.RUN.DIR=a", "config.SLURM.USE_SLURM=true"]
     monkeypatch.delenv("OMP_NUM_THREADS")
     places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    tasks = [Fork(words, cwd=tmp_path, env=step | place) for place in places]
-    said = [task.communicate() for task in tasks]
+    with contextlib.ExitStack() as running:
+        tasks = [running.enter_context(Fork(words, cwd=tmp_path, env=step | place)) for place in places]
+        said = [task.communicate() for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     assert json.loads(Path("a/results.json").read_text())["ranks"] == 2
     started = sorted(line.partition(",")[0] for line in Path("a/started.txt").read_text().splitlines())

@@ -16,6 +16,7 @@ from timm.optim.lars import Lars
 from tests.numerics.part_vectors import Vectors, build, check_gradients, close, load, options, our_names
 from vissl_like.compat.ifam import translate
 from vissl_like.config.schema_model import GradClip, Loss, Optimizer, PartFactors, Schedule
+from vissl_like.errors import ConfigError
 from vissl_like.losses.affine import Affine
 from vissl_like.models.parts import PartNoise
 from vissl_like.optim.clipping import clip_gradients
@@ -113,7 +114,9 @@ def check_groups(kind: str, below: str, names: list[str], *, preset: str, flags:
     assert np.bincount(numbers, minlength=len(recorded["group_size"])).tolist() == recorded["group_size"].tolist()
     np.testing.assert_allclose(rates, recorded["lr"], rtol=1e-9)
     np.testing.assert_allclose(decays, recorded["weight_decay"], rtol=1e-9)
-    check_trained(model_of(kind, flags), names, RECORDED.arrays[f"{below}/trainable"], preset=preset)
+    model = model_of(kind, flags)
+    check_trained(model, names, RECORDED.arrays[f"{below}/trainable"], preset=preset)
+    assert {name for group in make_part_groups(model, wanted) for name in group.names} == trained_names(model)
     return decay
 
 
@@ -153,9 +156,19 @@ def test_every_way_to_freeze_a_single_stage(row: int) -> None:
 
 
 def check_trained(model: Any, names: list[str], trained: np.ndarray, *, preset: str) -> None:
-    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     ours = our_names(names, preset=preset)
-    assert found == {ours[name] for name, is_trained in zip(names, trained) if is_trained}
+    assert trained_names(model) == {ours[name] for name, is_trained in zip(names, trained) if is_trained}
+
+
+def trained_names(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_refused() -> None:
+    trunk = sizes() | {"OPTIONS": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
+    model = build("parts", options(trunk, {"NUM_PARTS": 2}), num_classes=2, image_size=(56, 56))
+    with pytest.raises(ConfigError, match=r"nothing to train: every parameter is frozen \(config.MODEL.PARTS.FREEZE_"):
+        make_part_groups(model.requires_grad_(False), Optimizer())
 
 
 @pytest.mark.parametrize(("kind", "query"), [("ep", "heads.pool.queries"), ("aim", "heads.pool.query"), ("cls", "")])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vissl_like import registry
 from vissl_like.compat.ifam import translate
 from vissl_like.config import components, rules
 from vissl_like.config.check import load_job
@@ -106,6 +107,15 @@ def test_options_that_do_not_fit_together(overrides: list[str], message: str) ->
     with pytest.raises(ConfigError) as caught:
         load_job([BASE, *overrides])
     assert message in str(caught.value)
+
+
+def test_a_source_of_a_plugin_may_read_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.COMPONENTS["data_source"], "my_birds", "my_plugin:Birds")
+    subset = "config.DATA.TEST.SUBSET=worst_case"
+    job = load_job([BASE, "config.DATA.TEST.DATA_SOURCES=[my_birds]", subset]).job
+    assert job.config.DATA.TEST.SUBSET == "worst_case"
+    with pytest.raises(ConfigError, match="have such a part, cub "):
+        load_job([BASE, "config.DATA.TEST.DATA_SOURCES=[my_birds,cub]", subset])
 
 
 def test_groups_by_role_read_no_other_rules_of_grouping() -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from vissl_like import registry
 from vissl_like.config import components
 from vissl_like.config.rules_launch import slurm_problems
 from vissl_like.config.rules_parts import part_problems
@@ -25,7 +26,7 @@ _DISK = ("disk_folder", "disk_filelist")
 _SHARDS = "webdataset"
 #: Sources that make their folder where it is missing.
 _DRAWN = ("toybirds", "toy_waterbirds")
-#: Sources that know where a bird belongs (SUBSET).
+#: Sources of our own that know where a bird belongs (SUBSET); one of a plugin may read it, too.
 _WITH_SUBSETS = ("waterbirds", "toy_waterbirds")
 #: Sources that bring or draw their images themselves.
 _WITHOUT_PATH = ("synthetic", "mnist5k", "digits")
@@ -197,7 +198,8 @@ def _parallel_lists(options: Split, split: str) -> Iterator[Problem]:
                 f"{key}={path!r}: the source {source!r} ({prefix}.DATA_SOURCES) brings its own images and reads no path. "
                 f"For images of yours set {prefix}.DATA_SOURCES=[disk_folder]; else leave DATA_PATHS out.",
             )
-    others = [source for source in options.DATA_SOURCES if source not in _WITH_SUBSETS]
+    without = registry.OWN["data_source"].difference(_WITH_SUBSETS)
+    others = [source for source in options.DATA_SOURCES if source in without]
     if options.SUBSET and others:
         key = f"{prefix}.SUBSET"
         yield (
