@@ -16,10 +16,10 @@ HANGS = """
 import multiprocessing, os, time
 
 if __name__ == "__main__":
-    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
-    child.start()
     with open("group", "w") as file:
         file.write(str(os.getpgrp()))
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
+    child.start()
     child.join()
 """
 SIGNALLED = """
