@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vissl_like.data.decode import Encoded, Unreadable, read_bytes, read_image, reason_of
+from vissl_like.data.medical import read_dicom
 from vissl_like.errors import DataError
 
 
@@ -120,7 +121,7 @@ def test_reasons(data: bytes, reason: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read: Linux")
-@pytest.mark.parametrize("read", [read_bytes, read_image])
+@pytest.mark.parametrize("read", [read_bytes, read_image, read_dicom])
 def test_a_fault_of_the_storage_is_no_bad_image(read: Callable[[str], Any]) -> None:
     """Reading /proc/self/mem at its start is an input/output error, as of a disk that fails."""
     with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read \(Input/output error\)[.] Mend the storage"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vissl_like.data.decode import Unreadable, reason_of, to_rgb
+from vissl_like.data.decode import reasons, to_rgb
 from vissl_like.data.source import SourceRequest, unicode_array
 from vissl_like.errors import ConfigError, DataError
 from vissl_like.registry import suggest
@@ -163,14 +163,8 @@ class TorchvisionSource:
         return None
 
     def load(self, row: int) -> Image.Image:
-        try:
+        with reasons(self.path(row)):
             return to_rgb(self._data[row][0])
-        except MemoryError:
-            raise
-        except OSError as error:
-            raise reason_of(error, error.filename or self.path(row)) from error
-        except Exception as error:
-            raise Unreadable(f"{type(error).__name__}: {str(error)[:200]}") from error
 
     def stamps(self) -> np.ndarray:
         """torchvision keeps its own checksums of the archives; rows are told apart by their names only."""

@@ -66,7 +66,7 @@ def read_image(file: str | IO[bytes]) -> Image.Image:
     The orientation tag of cameras (EXIF) is not applied: pixels are taken as stored, as Pillow and VISSL do, so that
     features and labels made elsewhere stay comparable.
     """
-    with _reasons(file), Image.open(file) as image:
+    with reasons(file), Image.open(file) as image:
         image.load()
         return to_rgb(image)
 
@@ -100,14 +100,14 @@ class Encoded:
 
     def _open(self) -> Image.Image:
         if self._opened is None:
-            with _reasons(self._data):
+            with reasons(self._data):
                 self._opened = Image.open(io.BytesIO(self._data))
         return self._opened
 
     def image(self) -> Image.Image:
         """RGB, first frame: what read_image() gives."""
         opened = self._open()
-        with _reasons(self._data):
+        with reasons(self._data):
             opened.load()
             return to_rgb(opened)
 
@@ -169,8 +169,8 @@ def _frame_size(data: bytes, start: int, length: int) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def _reasons(file: str | bytes | IO[bytes]) -> Iterator[None]:
-    """Whatever Pillow raises within becomes Unreadable, or a DataError where the machine is at fault."""
+def reasons(file: str | bytes | IO[bytes]) -> Iterator[None]:
+    """Whatever a library raises within becomes Unreadable, or a DataError where the machine is at fault."""
     try:
         with warnings.catch_warnings():
             # Damaged metadata beside good pixels is no reason to print a warning per image from each worker.
@@ -181,13 +181,13 @@ def _reasons(file: str | bytes | IO[bytes]) -> Iterator[None]:
     except OSError as error:
         raise reason_of(error, file) from error
     except Exception as error:
-        # Pillow's plugins raise almost anything on damaged files: SyntaxError, ValueError, struct.error, zlib.error.
+        # Pillow's plugins (and pydicom) raise almost anything on damaged files: SyntaxError, ValueError, struct.error.
         raise Unreadable(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
 def reason_of(error: OSError, file: str | bytes | IO[bytes]) -> Exception:
     """What an OSError says about the image; a DataError when it speaks of the machine instead."""
-    where = file if isinstance(file, str) else "an image"
+    where = error.filename or (file if isinstance(file, str) else "an image")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return DataError(
             f"{where}: this process may open no more files ({error.strerror}). Raise the limit (ulimit -n 65536) "

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vissl_like.data.annotated import ImageFiles, required_folder
-from vissl_like.data.decode import Unreadable, reason_of
+from vissl_like.data.decode import reasons
 from vissl_like.data.source import SourceRequest
 from vissl_like.data.tables import read_csv
 from vissl_like.errors import ConfigError, DataError
@@ -84,14 +84,9 @@ def _pydicom() -> Any:
 
 def read_dicom(file: str) -> Image.Image:
     """The pixels of a DICOM file, taken as 8 bits, as RGB. Raises Unreadable."""
-    try:
-        pixels = _pydicom().dcmread(file).pixel_array
-    except ConfigError:
-        raise
-    except OSError as error:
-        raise reason_of(error, file) from error
-    except Exception as error:  # pydicom raises errors of many kinds for damaged files
-        raise Unreadable(f"{type(error).__name__}: {str(error)[:200]}") from error
+    read = _pydicom().dcmread
+    with reasons(file):
+        pixels = read(file).pixel_array
     return Image.fromarray(np.asarray(pixels).astype(np.uint8)).convert("RGB")
 
 

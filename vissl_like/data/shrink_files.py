@@ -216,9 +216,8 @@ def _stamps_in(file: str) -> dict[int, _Stamp] | None:
     """The rows that a shard holds, with the stamps of their originals; None where there is no such shard or it is damaged."""
     try:
         with open(file, "rb") as stream:
-            scan(
-                stream, shown=file, members=Members(), stamp={}
-            )  # tarfile alone takes a cut between members for the end
+            # Looked at first, since tarfile takes a cut between members for the end.
+            scan(stream, shown=file, members=Members(), stamp={})
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:") as shard:
                 told = {entry.name: shard.extractfile(entry) for entry in shard if entry.name.endswith(".json")}
